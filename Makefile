@@ -1,0 +1,20 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test bench clean
+
+demo: .venv/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q tests
+
+# torch goes first and alone: a build that is already to hand is then kept by everything after it.
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch .venv/ready
+
+clean:
+	rm -rf runs/demo

@@ -1,0 +1,228 @@
+"""Linked quantities: the embedded task, its word-level tokenizer and its tiny Qwen2-architecture model.
+
+A question lists shuffled facts and asks for one quantity; arithmetic keeps the last digit (mod 10):
+
+    problem   F = A + 2 ; D = B - A ; A = 4 ; K = A + F ; B = 9 ; K ?
+    plan      K needs A F ; F needs A ; A needs nothing              which quantities, no numbers, target first
+    CoT       A = 4 ; F = A + 2 = 4 + 2 = 6 ; K = A + F = 4 + 6 = 0  the plan, read backwards and computed
+    answer    0
+
+D and B are distractors. Difficulty is the number of facts. The *solutions* that come with training problems are
+of two kinds, as human solutions are. A full one derives every needed quantity. A terse one leaves out a derived
+quantity that its author worked out in the head (`A = 4 ; K = A + F = 4 + 6 = 0`): it is correct, so checking its
+answer cannot filter it out, but a small model that imitates it must guess the 6. Which plans can be carried out is
+therefore what fine-tuning on solutions cannot teach and what reinforcement learning can.
+
+    python -m data.toy --out runs/toy      writes sft, train, validation and test.jsonl and a random model/
+"""
+import argparse
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+NAMES = "ABCDEFGHJKLMNPQR"
+DIGITS = "0123456789"
+SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # per cent of all problems, by hash
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Problems
+
+def make_facts(rng: random.Random, n_facts: int) -> dict[str, tuple[str, ...]]:
+    """Facts in an order in which each may use earlier ones: {"A": ("4",), "F": ("A", "+", "2"), ...}."""
+    names = list(NAMES)
+    rng.shuffle(names)
+    facts: dict[str, tuple[str, ...]] = {}
+    for name in names[:n_facts]:
+        earlier = list(facts)
+        if len(earlier) < 2 or rng.random() < 0.25:
+            facts[name] = (rng.choice(DIGITS),)
+        elif rng.random() < 0.3:
+            facts[name] = (rng.choice(earlier), rng.choice("+-"), rng.choice(DIGITS))
+        else:
+            first, second = rng.sample(earlier, 2)
+            facts[name] = (first, rng.choice("+-"), second)
+    return facts
+
+
+def evaluate_facts(facts: dict[str, tuple[str, ...]]) -> dict[str, int]:
+    """Value of every quantity. Raises KeyError when a fact uses a quantity that comes after it."""
+    values: dict[str, int] = {}
+    for name, fact in facts.items():
+        terms = [int(t) if t in DIGITS else values[t] for t in fact[::2]]
+        values[name] = (terms[0] if len(terms) == 1 else terms[0] + terms[1] if fact[1] == "+"
+                        else terms[0] - terms[1]) % 10
+    return values
+
+
+def needed(facts: dict[str, tuple[str, ...]], target: str) -> list[str]:
+    """The quantities that `target` depends on and itself, depth first: each stands after everything it uses."""
+    order: list[str] = []
+
+    def visit(name):
+        for term in facts[name]:
+            if term in NAMES and term not in order:
+                visit(term)
+        order.append(name)
+
+    visit(target)
+    return order
+
+
+def write_solution(facts: dict[str, tuple[str, ...]], names: list[str]) -> str:
+    """The CoT that computes `names` in the order given."""
+    values, steps = evaluate_facts(facts), []
+    for name in names:
+        fact = facts[name]
+        step = [name, "=", *fact]
+        if len(fact) == 3:
+            step += ["=", *(str(values[t]) if t in NAMES else t for t in fact), "=", str(values[name])]
+        steps.append(" ".join(step))
+    return " ; ".join(steps)
+
+
+def plan_of(solution: str) -> str:
+    """Strip a CoT to its plan: each computed quantity and the quantities it uses, target first, no numbers.
+
+    `A = 4 ; F = A + 2 = 4 + 2 = 6` -> `F needs A ; A needs nothing`. Raises ValueError on any other kind of text.
+    """
+    items = []
+    for step in reversed(solution.split(" ; ")):
+        match = re.fullmatch(r"([A-Z]) = ([A-Z0-9](?: [+-] [A-Z0-9])?)(?: = [0-9] [+-] [0-9] = [0-9])?", step.strip())
+        if match is None:
+            raise ValueError(f"not a linked-quantities solution: {step[:60]!r}")
+        uses = list(dict.fromkeys(re.findall("[A-Z]", match[2])))  # A + A needs A once
+        items.append(f"{match[1]} needs {' '.join(uses) or 'nothing'}")
+    return " ; ".join(items)
+
+
+def make_problem(rng: random.Random, n_facts: int, terse: float) -> dict | None:
+    """One problem record with its solution, or None when the draw is too easy.
+
+    With probability `terse` the solution leaves out one or more derived quantities on the way to the target.
+    """
+    facts = make_facts(rng, n_facts)
+    # The quantity that needs most; draws in which that is less than half of the facts are too easy.
+    target = max(facts, key=lambda name: len(needed(facts, name)))
+    steps = needed(facts, target)
+    if len(steps) < (n_facts + 1) // 2:
+        return None
+    inner = [name for name in steps if len(facts[name]) == 3 and name != target]
+    if inner and rng.random() < terse:
+        left_out = set(rng.sample(inner, rng.randint(1, max(1, len(inner) // 2))))
+        steps = [name for name in steps if name not in left_out]
+    shuffled = list(facts)
+    rng.shuffle(shuffled)
+    listed = [f"{name} = {' '.join(facts[name])}" for name in shuffled]
+    return {"problem": " ; ".join(listed) + f" ; {target} ?",
+            "answer": str(evaluate_facts(facts)[target]),
+            "solution": write_solution(facts, steps)}
+
+
+def split_of(problem: str) -> str:
+    """train, validation or test, decided by the facts and the target alone: a reshuffled copy stays in its split."""
+    key = " ; ".join(sorted(problem.split(" ; ")))
+    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
+    return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
+
+
+def make_problems(split: str, count: int, facts: tuple[int, int] = (5, 7), seed: int = 0, terse: float = 0.0) -> list[dict]:
+    """`count` different problem records of `split`; the number of facts is uniform in `facts` (both ends included).
+
+    The same arguments give the same bytes on every machine. Splits share no problem, whatever the seed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"the toy task has the splits {', '.join(SPLITS)}, not {split!r}")
+    rng, seen, records = random.Random(f"{split} {seed}"), set(), []
+    while len(records) < count:
+        record = make_problem(rng, rng.randint(*facts), terse)
+        if record is None or split_of(record["problem"]) != split or record["problem"] in seen:
+            continue
+        seen.add(record["problem"])
+        records.append({"id": f"toy-{split}-{seed}-{len(records)}", **record})
+    return records
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizer and model
+
+# The system turn (the template instruction, in English) is left out: none of its words is in the vocabulary.
+CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] != 'system' %}"
+                 "{{ '<|' + message['role'] + '|> ' + message['content'] + ' <|end|> ' }}{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}")
+SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"]
+# "A =" and "A needs" are one word each: what follows them is then a look-up of the word itself, which a tiny model
+# learns in hundreds of steps; with two words it must first learn to look back by exact distances, and needs thousands.
+WORDS = ["<plan>", "</plan>", "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "nothing", "=", "+", "-",
+         ";", "?", *DIGITS, *NAMES, *(f"{name} =" for name in NAMES), *(f"{name} needs" for name in NAMES)]
+
+
+def make_tokenizer():
+    """A word-level `PreTrainedTokenizerFast`: words, signs, digits, names and tags, joined by spaces in decoded text."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    # Words are what this matches, from the left; white space between them is dropped.
+    words = Regex(r"</?[a-z]+>|\\boxed\{|[A-Z] (?:=|needs)|[^\s{}<>]+|\S")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<|unk|>", pad_token="<|pad|>", eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False, model_max_length=512)
+    # For a Qwen2 model AutoTokenizer distrusts the class that tokenizer_config.json names and rebuilds Qwen2's
+    # byte-level one, unless the file claims code of its own; without trust_remote_code that claim is then ignored.
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": [None, None]}
+    return tokenizer
+
+
+def make_model(tokenizer, seed: int = 0, width: int = 128, layers: int = 3, heads: int = 8):
+    """A randomly initialised Qwen2 model (0.5 M parameters) whose ids and limits match `tokenizer`."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, tie_word_embeddings=True,
+        # A base of 100 instead of 10,000: sequences are short, and look-ups need positions that differ.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        initializer_range=0.05,  # the usual 0.02 is for widths of thousands; look-ups form much later with it
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    with torch.no_grad():  # biases of 0 prefer no distance: each head starts with distances that it likes instead
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+            layer.self_attn.k_proj.bias.normal_()
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder for the JSONL files and model/")
+    parser.add_argument("--sft", type=int, default=6000, help="problems with solutions, to distil and fine-tune on")
+    parser.add_argument("--train", type=int, default=6000, help="problems for reinforcement learning")
+    parser.add_argument("--test", type=int, default=400, help="problems for each of validation and test")
+    parser.add_argument("--facts", type=int, nargs=2, default=(5, 7), metavar=("LOW", "HIGH"), help="facts a problem")
+    parser.add_argument("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    out, facts = Path(args.out), tuple(args.facts)
+    out.mkdir(parents=True, exist_ok=True)
+    problems = make_problems("train", args.sft + args.train, facts, args.seed, args.terse)
+    files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
+    files.update({split: make_problems(split, args.test, facts, args.seed) for split in ("validation", "test")})
+    for name, records in files.items():
+        if name != "sft":  # reinforcement learning and evaluation see answers only
+            records = [{key: value for key, value in record.items() if key != "solution"} for record in records]
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, args.seed)
+    tokenizer.save_pretrained(out / "model")
+    model.save_pretrained(out / "model")
+    print(f"{out}: " + ", ".join(f"{len(records)} {name}" for name, records in files.items())
+          + f"; a model of {model.num_parameters():,} parameters with random weights")
+
+
+if __name__ == "__main__":
+    main()

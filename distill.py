@@ -1,0 +1,252 @@
+"""Stage 1a: distil chains of thought into compact plans (section 3.1 of arXiv 2510.01833).
+
+A teacher reads problem and CoT and summarises the CoT into the plan that its author followed. It only summarises, so
+it need not be strong. Three kinds of --teacher:
+
+    rule                        the toy task only: strips a linked-quantities CoT to its plan, without a model
+    a folder or hub id          a local model, through this project's own sampling loop; the policy itself gives the
+                                paper's "self-plan" (its Table 7)
+    http(s)://host:port/v1      any OpenAI-compatible server; --teacher_model names the model, the environment
+                                variable DISTILL_API_KEY holds the key
+
+A plan is kept if it is not empty, not too long, free of template tags and does not give the answer away. Finished
+records are written at once; with --resume a stopped run goes on where it was and asks for none twice.
+
+    python distill.py --teacher rule --data runs/demo/train.jsonl --out runs/demo/plans.jsonl
+"""
+import asyncio
+import json
+import os
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.sources import load_jsonl, load_records
+from data.toy import plan_of
+from grpo import completion_texts, sample
+from model_utils import fail, find_stop_ids, init_distributed, load_config, load_model, load_tokenizer, parse_config
+from rewards import TAG, plan_leaks
+
+
+@dataclass
+class Config:
+    data: str = "open-thoughts/OpenThoughts-114k"  # problems with solutions: JSONL path, toy[:split], hub id
+    teacher: str = "Qwen/Qwen3-235B-A22B"  # rule (toy task only), a model folder or hub id, or a server's base URL
+    teacher_model: str = ""  # with a URL: the model's name on that server
+    out: str = "runs/plans.jsonl"  # plan records; dropped ones, with their reasons, go to *.dropped.jsonl
+    limit: int = 10000  # use a random subset of this size; 0: all
+    max_plan_words: int = 300  # longer plans are dropped
+    max_new_tokens: int = 2048  # the teacher's limit, its own thinking included
+    temperature: float = 0.6  # of the teacher
+    concurrency: int = 32  # requests in flight, or rows of a local teacher's batch
+    retries: int = 6  # of a request that met 429, 5xx or a time-out, with growing pauses
+    timeout: float = 300.0  # seconds a request
+    seed: int = 0  # choice of the subset, sampling
+    overwrite: bool = False  # replace the records in --out
+    resume: bool = False  # go on after the records in --out
+
+
+REQUEST = """Below are a problem and a worked solution. Write down the plan behind the solution: what somebody who \
+has not started yet would decide on first.
+
+Rules: name only the major phases, their order, the strategic choices, and where one would branch. No calculations, \
+no intermediate results, and never the final answer. At most 150 words. Reply with the plan alone, without any tags.
+
+Problem:
+{problem}
+
+Solution:
+{solution}"""
+
+
+class Unavailable(Exception):
+    """The teacher did not answer for now; the record stays unfinished and a later --resume asks again."""
+
+
+def rejection(plan: str, answer: str, max_words: int) -> str | None:
+    """Why a plan is not kept, or None."""
+    if not plan:
+        return "empty"
+    if len(plan.split()) > max_words:
+        return f"longer than {max_words} words"
+    if TAG.search(plan):
+        return "template tags in the plan"
+    if plan_leaks(plan, answer):
+        return "gives the answer away"
+    return None
+
+
+async def ask_rule(records: list[dict], config: Config, report):
+    for record in records:
+        try:
+            report(record, plan_of(record["solution"]))
+        except ValueError as error:
+            fail(f"record {record['id']}: {error}; --teacher rule reads the toy task only")
+
+
+async def ask_local(records: list[dict], config: Config, report):
+    """Batches through grpo.py's sampling loop."""
+    load_config(config.teacher)
+    tokenizer = load_tokenizer(config.teacher)
+    device = init_distributed()
+    model = load_model(config.teacher, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    context = getattr(model.config, "max_position_embeddings", 1 << 30)
+    stop_ids = find_stop_ids(model, tokenizer)
+    for start in range(0, len(records), config.concurrency):
+        batch, prompts = [], []
+        for record in records[start:start + config.concurrency]:
+            message = [{"role": "user", "content": REQUEST.format(**record)}]
+            prompt = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+            if len(prompt) + config.max_new_tokens > context:
+                report(record, None, "too long for the teacher's context")
+            else:
+                batch.append(record)
+                prompts.append(prompt)
+        if prompts:
+            ids, _ = sample(model, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                            stop_ids=stop_ids, seed=config.seed + start)
+            for record, text in zip(batch, completion_texts(tokenizer, ids, stop_ids)):
+                report(record, text)
+
+
+async def ask_server(records: list[dict], config: Config, report):
+    """Up to --concurrency requests at a time."""
+    from huggingface_hub import AsyncInferenceClient
+    # Without a key of our own the client would send the user's hub token to that server.
+    key = os.environ.get("DISTILL_API_KEY") or "none"
+    gate, bar_lock = asyncio.Semaphore(config.concurrency), asyncio.Lock()
+
+    async def one(client, record):
+        async with gate:
+            try:
+                text = await ask_with_retries(client, record, config)
+            except Unavailable as error:
+                report(record, None, error)
+                return
+        async with bar_lock:
+            report(record, text, None if text is not None else "refused by the server")
+
+    async with AsyncInferenceClient(base_url=config.teacher, api_key=key, timeout=config.timeout) as client:
+        tasks = [asyncio.create_task(one(client, record)) for record in records]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def ask_with_retries(client, record: dict, config: Config) -> str | None:
+    """The teacher's text, or None for a request that the server will never take (400, 413, 422).
+
+    Raises Unavailable after the last retry, SystemExit where no request can succeed (401, 403, 404).
+    """
+    try:
+        import httpx2 as httpx  # huggingface_hub's transport since its 2.0
+    except ImportError:
+        import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+    pause, why = 1.0, ""
+    for attempt in range(config.retries + 1):
+        if attempt:
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, 60.0)
+        try:
+            reply = await client.chat_completion(
+                model=config.teacher_model or None, max_tokens=config.max_new_tokens, temperature=config.temperature,
+                messages=[{"role": "user", "content": REQUEST.format(**record)}])
+            return reply.choices[0].message.content or ""
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403, 404):
+                fail(f"{config.teacher} answers {status}: check the base URL, --teacher_model and DISTILL_API_KEY")
+            if status != 429 and status < 500:
+                return None
+            why = f"HTTP {status}"
+        except (httpx.HTTPError, TimeoutError) as error:  # no connection, time-out, cut off in mid-reply
+            why = type(error).__name__
+    raise Unavailable(why)
+
+
+def finished_ids(out: Path, dropped: Path) -> set[str]:
+    """Ids of records that an earlier run finished. A last line that was cut off in mid-write is removed."""
+    for path in (out, dropped):
+        if path.exists():
+            data = path.read_bytes()
+            if not data.endswith(b"\n"):
+                path.write_bytes(data[:data.rfind(b"\n") + 1])
+    return {str(record["id"]) for path in (out, dropped) if path.exists() for record in load_jsonl(path)}
+
+
+def main():
+    config = parse_config(Config)
+    out = Path(config.out)
+    dropped = out.with_suffix(".dropped.jsonl")
+    if config.teacher.startswith(("http://", "https://")):
+        ask = ask_server
+    elif config.teacher == "rule":
+        ask = ask_rule
+    else:
+        ask = ask_local
+        if config.teacher == Config.teacher and not torch.cuda.is_available():
+            fail("no GPU here, and the default teacher has 235 B parameters: pass a server's URL or a smaller model "
+                 "as --teacher (`make demo` uses --teacher rule)")
+    if out.exists() and not (config.resume or config.overwrite):
+        fail(f"{out} already holds records: choose another --out, pass --resume to go on, or --overwrite to replace it")
+    records = load_records(config.data, ("problem", "answer", "solution"), limit=config.limit, seed=config.seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if config.overwrite and not config.resume:
+        out.unlink(missing_ok=True)
+        dropped.unlink(missing_ok=True)
+    done = finished_ids(out, dropped)
+    todo = [record for record in records if record["id"] not in done]
+    kept, reasons, unavailable = 0, Counter(), Counter()
+
+    with open(out, "a") as kept_file, open(dropped, "a") as dropped_file, \
+            tqdm(total=len(records), initial=len(records) - len(todo), desc="distill", unit="plan", disable=None) as bar:
+
+        def report(record: dict, text: str | None, reason=None):
+            """One record is finished: keep its plan or note why not. An Unavailable one stays unfinished."""
+            nonlocal kept
+            if isinstance(reason, Unavailable):
+                unavailable[str(reason)] += 1
+                return
+            # A reasoning teacher thinks aloud first; the plan is what follows.
+            plan = (text or "").rpartition("</think>")[2].strip()
+            reason = reason or rejection(plan, record["answer"], config.max_plan_words)
+            if reason is None:
+                kept += 1
+                fields = {name: record[name] for name in ("id", "problem", "answer")}
+                kept_file.write(json.dumps({**fields, "plan": plan, "think": record["solution"]}) + "\n")
+                kept_file.flush()
+            else:
+                reasons[reason] += 1
+                dropped_file.write(json.dumps({"id": record["id"], "reason": reason, "plan": plan}) + "\n")
+                dropped_file.flush()
+            bar.update()
+
+        usable = []
+        for record in todo:
+            if TAG.search(record["solution"]):
+                report(record, None, "template tags in the CoT")  # the target could not be parsed again
+            else:
+                usable.append(record)
+        try:
+            asyncio.run(ask(usable, config, report))
+        except KeyboardInterrupt:
+            print("stopped; --resume goes on from here")
+
+    already = f" ({len(records) - len(todo)} finished before)" if len(todo) < len(records) else ""
+    print(f"{out}: {kept} plans kept of {len(todo)}{already}, {sum(reasons.values())} dropped")
+    for reason, count in reasons.most_common():
+        print(f"  {count} {reason}")
+    if unavailable:
+        print("  " + ", ".join(f"{count} unanswered ({why})" for why, count in unavailable.items()) + ": run again with --resume")
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,488 @@
+"""What every stage shares: settings from the command line, distributed set-up, prompts, models, logprobs, files.
+
+Shapes: B sequences, T tokens a sequence, V vocabulary, W ranks.
+"""
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: a flat dataclass becomes --flags
+
+def fail(message: str):
+    """End the program with one sentence (printed by rank 0 only) and exit code 1."""
+    raise SystemExit(f"error: {message}" if rank() == 0 else 1)
+
+
+def parse_bool(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes", "on"):
+        return True
+    if text.lower() in ("false", "0", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"wants true or false, not {text!r}")
+
+
+def parse_config(cls, argv: list[str] | None = None):
+    """An instance of the dataclass `cls` from `--field value` flags; a field's trailing comment is its help text.
+
+    Booleans are taken both ways (`--flag`, `--flag true`, `--flag false`). Unknown flags end the program with the
+    list of near names. Raises SystemExit.
+    """
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
+    description = (sys.modules[cls.__module__].__doc__ or "").replace("%", "%%")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for field in dataclasses.fields(cls):
+        kind = type(field.default)
+        help_text = f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
+        boolean = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}
+        parser.add_argument(f"--{field.name}", default=field.default, help=help_text,
+                            **(boolean if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}))
+    if rank() != 0:  # every rank parses the same words; one of them explains what is wrong
+        parser.error = lambda message: sys.exit(2)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check_common(config, default_model: str):
+    """Refuse what neither training stage can work with, before anything is loaded. Raises SystemExit."""
+    if config.model == default_model and not torch.cuda.is_available():
+        fail("no GPU here, and the default settings are the paper's 8-GPU run: `make demo` runs the method on a CPU")
+    if config.schedule not in SCHEDULES:
+        fail(f"--schedule is constant, linear or cosine, not {config.schedule!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Distributed: the same calls with one process, where they do nothing
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def init_distributed(device: str = "auto") -> torch.device:
+    """Join the process group that torchrun describes (nccl on GPUs, gloo on CPUs) and return this rank's device.
+
+    A single GPU gets a group of one, so that it runs the very same FSDP2 code as eight; a single CPU gets none.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+        elif cuda:
+            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def print0(*args, **kwargs):
+    if rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks of a tensor of any shape; the input is not changed."""
+    values = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_max(value: int, device) -> int:
+    value = torch.tensor(value, device=device)
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def gather0(items: list) -> list:
+    """The ranks' lists, joined in rank order, on rank 0; an empty list elsewhere."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(items, parts)
+    return [item for part in parts or [] for item in part]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts
+
+INSTRUCTION = (
+    "Solve the problem in three blocks. "
+    "First, between <plan> and </plan>, sketch the route: the main phases, the strategy you choose and where you would "
+    "switch to another one. Leave out small steps and do no arithmetic there. "
+    "Second, between <think> and </think>, reason step by step along the plan. Judge it as you go; where it turns out "
+    "to be wrong, say so and correct it. "
+    "Third, between <answer> and </answer>, give only the final answer in \\boxed{}.")
+
+# Base models come without a chat template. This one adds no special tokens that such a model has never seen.
+PLAIN_TEMPLATE = ("{% for message in messages %}{{ message['content'] + '\n\n' }}{% endfor %}"
+                  "{% if add_generation_prompt %}{{ 'Solution:\n' }}{% endif %}")
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a Hugging Face folder or hub id, with a chat template in any case (announced when added)."""
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        fail(f"the tokenizer of {path} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    if tokenizer.chat_template is None:
+        print0(f"{path} has no chat template: using the plain one of model_utils.py")
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def encode_prompt(tokenizer, problem: str) -> list[int]:
+    """Token ids of instruction and problem, up to where the completion begins.
+
+    Only the prompt goes through the chat template: Qwen3's would cut the plan out of a templated completion.
+    """
+    messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": problem}]
+    # Llama's template prints today's date unless told one, and prompts would drift from day to day.
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=False, date_string="26 Jul 2024")
+    try:
+        return list(tokenizer.apply_chat_template(messages, **options))
+    except Exception as error:  # jinja2's TemplateError; Gemma's template, for one, refuses a system turn
+        if "role" not in str(error).lower():
+            raise
+        return list(tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{INSTRUCTION}\n\n{problem}"}], **options))
+
+
+def find_stop_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a completion: instruct models have several, in three different files."""
+    found = {tokenizer.eos_token_id}
+    for config in (model.config, model.generation_config):
+        ids = getattr(config, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return sorted(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models: load, shard, gather for sampling, save
+
+def load_config(path: str):
+    """The model's config, read before any weights so that bad settings are refused early. Raises SystemExit."""
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError:
+        fail(f"no model at {path!r}: give a Hugging Face folder or the id of a model that can be downloaded "
+             "(for the embedded default see `make demo`)")
+
+
+def check_context(model_config, prompt_tokens: int, completion_tokens: int):
+    """Refuse lengths that the model has no positions for, before any weights are loaded. Raises SystemExit."""
+    context = getattr(model_config, "max_position_embeddings", None) or prompt_tokens + completion_tokens
+    if prompt_tokens + completion_tokens > context:
+        fail(f"a prompt of {prompt_tokens} tokens and --max_completion_tokens {completion_tokens} do not fit the "
+             f"model's context of {context}; lower --max_completion_tokens or --max_prompt_tokens")
+
+
+def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
+    """A causal language model in eval mode for good: rollout and update must see the same network, without dropout."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device).eval()
+
+
+def shard_model(model):
+    """FSDP2 over all ranks: every block and the root, bf16 compute on GPUs, fp32 weights and gradient reduction.
+
+    Tied embeddings both lie in the root's group, as FSDP needs. Without a process group the model stays as it is.
+    """
+    model.token_logprobs = types.MethodType(token_logprobs, model)
+    if not dist.is_initialized():
+        return model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    on_gpu = model.device.type == "cuda"
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if on_gpu else MixedPrecisionPolicy()
+    for block in model.get_decoder().layers:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    register_fsdp_forward_method(model, "token_logprobs")  # a call other than model(...) would miss FSDP's hooks
+    return model
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Hold the whole model on every rank for the time of a rollout.
+
+    A sharded forward is a collective: a gather for every token, and a deadlock as soon as two ranks decode different
+    numbers of tokens. With the weights gathered once, ranks are free until the end of the block.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()  # not recursive
+    try:
+        yield model
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP2's own default
+
+
+def full_state(model, optimizer=None) -> tuple[dict, dict]:
+    """Unsharded CPU copies of model and optimiser state on rank 0 (a collective: call it on every rank)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    return state, get_optimizer_state_dict(model, optimizer, options=options) if optimizer else {}
+
+
+def save_model(model, tokenizer, folder: Path, optimizer=None, trainer_state: dict | None = None):
+    """Write a Hugging Face folder, and with an optimiser what --resume needs (trainer.pt), then rename it into place.
+
+    The folder appears whole or not at all. Weights are stored in the dtype that the model computes in.
+    """
+    state, optimizer_state = full_state(model, optimizer)
+    if rank() == 0:
+        folder = Path(folder)
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+        model.save_pretrained(temporary, state_dict={k: v.to(dtype) for k, v in state.items()})
+        tokenizer.save_pretrained(temporary)
+        if optimizer:  # the fp32 master weights go with the optimiser state
+            torch.save({"model": state, "optimizer": optimizer_state, **(trainer_state or {})}, temporary / "trainer.pt")
+        for file in temporary.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    if world_size() > 1:
+        dist.barrier()
+
+
+def load_trainer_state(model, optimizer, folder: Path) -> dict:
+    """Put a checkpoint's weights and optimiser state back, at any world size; returns the rest of trainer.pt."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+    saved = torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True)
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, saved.pop("model"), options=options)
+    set_optimizer_state_dict(model, optimizer, saved.pop("optimizer"), options=options)
+    return saved
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# KV cache
+
+class KVCache:
+    """Keys and values of up to `slots` sequences, each filled from position 0: per layer (slots, heads, length, D).
+
+    It has the few methods that transformers' models call on a cache. Rows need no padding between prompt and
+    completion: a row writes at its own position and a mask hides what lies beyond. A sequence moves or forks by a
+    copy of its slot.
+    """
+
+    def __init__(self, slots: int, length: int):
+        self.slots, self.length = slots, length
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # made at the first update, when shapes are known
+        self.at: tuple | None = None
+
+    def write_prompts(self, slots: torch.Tensor):
+        """The next forward is a prefill into `slots` (B,), from position 0."""
+        self.at = (slots, None, None)
+
+    def write_tokens(self, positions: torch.Tensor, filled: int):
+        """The next forward decodes one token for slots 0..B-1 at `positions` (B,); attention sees `filled` positions."""
+        self.at = (torch.arange(len(positions), device=positions.device), positions, filled)
+
+    def copy(self, sources: list[int], targets: list[int], filled: int):
+        """Copy the first `filled` positions of slots `sources` to slots `targets` (read before any is written)."""
+        for tensor in (t for layer in self.layers for t in layer):
+            source, target = (torch.tensor(slots, device=tensor.device) for slots in (sources, targets))
+            tensor[target, :, :filled] = tensor[source, :, :filled]
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
+        """Called by each attention layer with new keys and values (B, heads, T, D); returns what to attend to."""
+        if layer == len(self.layers):
+            self.layers.append(tuple(new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
+                                     for new in (keys, values)))
+        slots, positions, filled = self.at
+        for stored, new in zip(self.layers[layer], (keys, values)):
+            if positions is None:
+                stored[slots, :, :new.shape[2]] = new
+            else:
+                stored[slots, :, positions] = new[:, :, 0]
+        if positions is None:
+            return keys, values  # prompts attend to themselves only
+        return tuple(stored[:len(slots), :, :filled] for stored in self.layers[layer])
+
+    # What transformers asks to build the causal mask of a prefill.
+    is_compileable = False
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Logprobs of given sequences
+
+def _head(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs and entropies (N,) of `targets` (N,) given hidden states (N, D), in fp32."""
+    logits = model.get_output_embeddings()(hidden).float()  # (N, V)
+    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    logits = logits / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    with torch.no_grad():
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
+
+
+def token_logprobs(model, ids: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0,
+                   chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logprobs and entropies (B, T-1) of the tokens that `mask` (B, T-1) marks; 0 elsewhere.
+
+    Column t is about token t+1 of `ids` (B, T), given tokens 0..t: this shift is made here and nowhere else. The
+    temperature divides the logits of the policy, the old policy and the reference alike, as it did in sampling.
+    Logits dominate memory (T x 152,000 floats for Qwen), so they are made `chunk` tokens at a time, for marked
+    tokens only, and made again in the backward pass. On a sharded model call it as `model.token_logprobs(ids, …)`.
+    """
+    # Rows are padded on the right, where a causal mask alone keeps padding out of every real token's view.
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    hidden = hidden[:, :-1][mask]  # (N, D), N marked tokens
+    targets = ids[:, 1:][mask]  # (N,)
+    parts = [checkpoint(_head, model, h, t, temperature, use_reentrant=False)
+             for h, t in zip(hidden.split(chunk), targets.split(chunk))]
+    logprobs, entropies = (torch.cat(p) for p in zip(*parts)) if parts else (hidden.sum(-1), hidden.sum(-1).detach())
+    blank = logprobs.new_zeros(mask.shape)
+    return blank.masked_scatter(mask, logprobs), blank.masked_scatter(mask, entropies)
+
+
+def pad_batch(sequences: list[list[int]], prompt_lengths: list[int], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids (B, T) and the mask of completion tokens (B, T-1); no sequences give one row with nothing marked.
+
+    The mask comes from lengths: with pad == eos, one made from ids would drop the end-of-turn token from the loss.
+    """
+    if not sequences:
+        sequences, prompt_lengths = [[0, 0]], [2]
+    longest = max(len(s) for s in sequences)
+    ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences], device=device)
+    position = torch.arange(1, longest, device=device)  # of the token that a column is about
+    first = torch.tensor(prompt_lengths, device=device)[:, None]
+    length = torch.tensor([len(s) for s in sequences], device=device)[:, None]
+    return ids, (position >= first) & (position < length)
+
+
+def micro_batches(lengths: list[int], tokens: int, device) -> list[list[int]]:
+    """Row indices cut into micro-batches of at most `tokens` tokens with padding, rows of like length together.
+
+    A row longer than `tokens` gets a micro-batch of its own. A forward of a sharded model is a collective, so every
+    rank gets equally many micro-batches (empty ones at the end) or the backward pass would hang.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches + [[]] * (all_max(len(batches), device) - len(batches))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One optimiser step
+
+def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only, not on norms and biases."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}], lr=lr)
+
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def lr_at(step: int, steps: int, lr: float, warmup_steps: int, schedule: str) -> float:
+    """Learning rate of `step` (from 0): linear warm-up, then constant, or linear or cosine decay to 0 at `steps`."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+
+
+def optimizer_step(model, optimizer, lr: float, max_grad_norm: float) -> float:
+    """Clip, step, zero. Returns the gradient's norm; a step whose norm is not finite is skipped (on all ranks alike)."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded gradients: a DTensor
+    if math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+def open_run(out: str, overwrite: bool, resume: bool, settings) -> Path:
+    """Make the run folder and write its settings (run.json); refuse one that holds a run, unless told otherwise.
+
+    Raises SystemExit with the remedy. With `overwrite` the old run is removed, with `resume` it is kept.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        fail(f"{out} is a file; --out wants a folder")
+    if (folder / "metrics.jsonl").exists() or (folder / "model").exists():
+        if (folder / "model").exists() and resume:
+            fail(f"{out} holds a finished run: nothing to resume; choose another --out, or pass --overwrite")
+        if not overwrite and not resume:
+            fail(f"{out} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
+    if rank() == 0:
+        if overwrite and not resume:
+            for old in (*folder.glob("*.jsonl"), folder / "run.json"):
+                old.unlink(missing_ok=True)
+            for old in (*folder.glob("step_*"), folder / "model"):
+                shutil.rmtree(old, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
+    return folder
+
+
+def resume_folder(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    found = [path for path in folder.glob("step_*") if (path / "trainer.pt").exists()]
+    return max(found, key=lambda path: int(path.name.split("_")[1]), default=None)
+
+
+def trim_jsonl(path: Path, step: int):
+    """Drop what a log holds beyond `step` (rank 0), a line cut off in mid-write included: those steps run again."""
+    if rank() == 0 and path.exists():
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+def append_jsonl(path: Path, records: list[dict]):
+    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system."""
+    if rank() == 0:
+        with open(path, "a") as handle:
+            handle.write("".join(json.dumps(record) + "\n" for record in records))

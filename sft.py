@@ -1,0 +1,138 @@
+"""Stage 1b, the cold start: supervised fine-tuning on plan, think and answer (Eq. 1 of arXiv 2510.01833).
+
+The prompt is masked; every completion token is supervised, the end of turn included, or the model would never learn
+to stop. With `--use_plan false` the plans are left out (the paper's Table 4, "SFT without plans").
+
+    python sft.py --model runs/demo/base/model --data runs/demo/plans.jsonl --out runs/demo/sft
+    torchrun --nproc_per_node=8 sft.py
+"""
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from data.sources import load_records
+from model_utils import (all_sum, append_jsonl, check_common, encode_prompt, fail, init_distributed, load_config, load_model,
+                         load_tokenizer, load_trainer_state, lr_at, make_optimizer, micro_batches, open_run,
+                         optimizer_step, pad_batch, parse_config, print0, rank, resume_folder, save_model, shard_model,
+                         trim_jsonl, world_size)
+from rewards import build_completion
+
+
+@dataclass
+class Config:
+    model: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face folder or hub id of the model to fine-tune
+    data: str = "runs/plans.jsonl"  # plan records: distill.py's output
+    out: str = "runs/sft"  # run folder: metrics.jsonl, run.json, model/
+    epochs: float = 3.0  # passes over the data
+    lr: float = 1e-5  # peak learning rate
+    batch_size: int = 64  # sequences an optimiser step, over all ranks
+    use_plan: bool = True  # false: leave the plan block out of the targets
+    weight_decay: float = 0.01  # AdamW, matrices only
+    warmup_steps: int = 20  # linear warm-up
+    schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
+    max_grad_norm: float = 1.0  # gradient-norm clip
+    val_size: int = 200  # records held out for the validation loss (at most a tenth of the data)
+    eval_every: int = 100  # steps between validation losses
+    save_every: int = 0  # steps between checkpoints to resume from; 0: only the model at the end
+    tokens_per_micro_batch: int = 16384  # padded tokens in one forward and backward
+    max_tokens: int = 8192  # longer records (prompt and completion) are left out, and counted
+    limit: int = 0  # use the first so many records; 0: all
+    seed: int = 0  # order of the records
+    overwrite: bool = False  # replace a run that --out already holds
+    resume: bool = False  # go on from the newest checkpoint in --out
+
+
+def encode_record(tokenizer, record: dict, use_plan: bool) -> tuple[list[int], int]:
+    """(ids of prompt + completion + end of turn, length of the prompt)."""
+    prompt = encode_prompt(tokenizer, record["problem"])
+    completion = build_completion(record["plan"] if use_plan else None, record["think"], record["answer"])
+    ids = tokenizer.encode(completion, add_special_tokens=False) + [tokenizer.eos_token_id]
+    return prompt + ids, len(prompt)
+
+
+def sft_loss(model, batch: list[tuple[list[int], int]], denominator: int, tokens: int, train: bool) -> float:
+    """Token loss (Eq. 1), summed over the rows of all ranks, over `denominator`; `train` accumulates gradients.
+
+    `batch` holds this rank's rows; `tokens` bounds a micro-batch.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for rows in micro_batches([len(ids) for ids, _ in batch], tokens, device):
+        ids, mask = pad_batch([batch[i][0] for i in rows], [batch[i][1] for i in rows], device)
+        with torch.set_grad_enabled(train):
+            logprobs, _ = model.token_logprobs(ids, mask)  # (B, T-1)
+            loss = -logprobs.sum() / denominator
+        if train:
+            (loss * world_size()).backward()  # FSDP averages gradients over ranks; this loss is a sum over them
+        total += loss.detach()
+    return float(all_sum(total))
+
+
+def count_tokens(batch) -> int:
+    return sum(len(ids) - prompt for ids, prompt in batch)
+
+
+def main():
+    config = parse_config(Config)
+    check_common(config, Config.model)
+    if config.batch_size % world_size():
+        fail(f"--batch_size {config.batch_size} does not divide over {world_size()} ranks; "
+             f"try {config.batch_size // world_size() * world_size() or world_size()}")
+    records = load_records(config.data, fields=("problem", "answer", "think") + ("plan",) * config.use_plan,
+                           limit=config.limit)
+    load_config(config.model)
+    folder = open_run(config.out, config.overwrite, config.resume, config)
+    device = init_distributed()
+    tokenizer = load_tokenizer(config.model)
+
+    rows = [encode_record(tokenizer, record, config.use_plan) for record in records]
+    kept = [row for row in rows if len(row[0]) <= config.max_tokens]
+    print0(f"{len(kept)} records, {count_tokens(kept):,} supervised tokens"
+           + (f"; {len(rows) - len(kept)} longer than --max_tokens left out" if len(kept) < len(rows) else ""))
+    random.Random(config.seed).shuffle(kept)
+    n_val = min(config.val_size, len(kept) // 10)
+    validation, train = kept[:n_val], kept[n_val:]
+    if len(train) < config.batch_size:
+        fail(f"{len(train)} training records are fewer than --batch_size {config.batch_size}; lower it")
+    per_epoch = len(train) // config.batch_size
+    steps = max(1, round(per_epoch * config.epochs))
+
+    model = shard_model(load_model(config.model, device))
+    optimizer = make_optimizer(model, config.lr, config.weight_decay)
+    start = 0
+    if config.resume and (newest := resume_folder(folder)):
+        start = load_trainer_state(model, optimizer, newest)["step"]
+        trim_jsonl(folder / "metrics.jsonl", start)
+        print0(f"resuming from {newest} after step {start}")
+
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", disable=None if rank() == 0 else True)
+    for step in bar:
+        began = time.time()
+        epoch, position = divmod(step, per_epoch)
+        order = list(range(len(train)))
+        random.Random(f"{config.seed} {epoch}").shuffle(order)  # a new order each epoch
+        batch = [train[i] for i in order[position * config.batch_size:(position + 1) * config.batch_size]]
+        tokens = count_tokens(batch)  # one denominator for all micro-batches and ranks
+        lr = lr_at(step, steps, config.lr, config.warmup_steps, config.schedule)
+        loss = sft_loss(model, batch[rank()::world_size()], tokens, config.tokens_per_micro_batch, train=True)
+        grad_norm = optimizer_step(model, optimizer, lr, config.max_grad_norm)
+        metrics = {"step": step + 1, "epoch": (step + 1) / per_epoch, "loss": loss, "grad_norm": grad_norm,
+                   "lr": lr, "tokens_per_s": tokens / (time.time() - began)}
+        last = step + 1 == steps
+        if validation and (last or (step + 1) % config.eval_every == 0):
+            metrics["val_loss"] = sft_loss(model, validation[rank()::world_size()], count_tokens(validation),
+                                           config.tokens_per_micro_batch, train=False)
+            print0(f"step {step + 1}/{steps}  loss {metrics['loss']:.4f}  val_loss {metrics['val_loss']:.4f}  "
+                   f"grad_norm {grad_norm:.2f}  {metrics['tokens_per_s']:.0f} tokens/s")
+        append_jsonl(folder / "metrics.jsonl", [metrics])
+        if config.save_every and (step + 1) % config.save_every == 0 and not last:
+            save_model(model, tokenizer, folder / f"step_{step + 1}", optimizer, {"step": step + 1})
+    save_model(model, tokenizer, folder / "model")
+    print0(f"saved {folder / 'model'}")
+
+
+if __name__ == "__main__":
+    main()

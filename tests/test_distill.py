@@ -1,0 +1,168 @@
+"""Distillation: what is kept, resuming, a local teacher, and a real HTTP server that fails before it answers."""
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import distill
+from conftest import ROOT
+from data.toy import make_model, make_problems, make_tokenizer, plan_of
+from distill import finished_ids, rejection
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
+    distill.main()
+
+
+@pytest.fixture
+def problems(tmp_path):
+    records = make_problems("train", 12, facts=(4, 5))
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path, records
+
+
+@pytest.mark.parametrize("plan, reason", [
+    ("", "empty"), ("word " * 31, "longer than 30 words"), ("first <think> then", "template tags in the plan"),
+    ("Add them to get 42.", "gives the answer away"), ("Add both numbers, then check the parity.", None)])
+def test_rejection(plan, reason):
+    assert rejection(plan, "42", 30) == reason
+
+
+def test_rule_teacher_writes_plan_records(problems, tmp_path, monkeypatch, capsys):
+    path, records = problems
+    run(monkeypatch, "--teacher", "rule", "--data", path, "--out", tmp_path / "plans.jsonl")
+    plans = read(tmp_path / "plans.jsonl")
+    assert [p["id"] for p in plans] == [r["id"] for r in records]
+    assert all(p["plan"] == plan_of(r["solution"]) and p["think"] == r["solution"] for p, r in zip(plans, records))
+    assert "12 plans kept of 12" in capsys.readouterr().out
+
+
+def test_a_stopped_run_goes_on_without_losing_or_repeating(problems, tmp_path, monkeypatch, capsys):
+    path, records = problems
+    out, dropped = tmp_path / "plans.jsonl", tmp_path / "plans.dropped.jsonl"
+    run(monkeypatch, "--teacher", "rule", "--data", path, "--out", out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:4]) + lines[4][:30])  # killed in mid-write of the fifth record
+    dropped.write_text(json.dumps({"id": records[7]["id"], "reason": "empty"}) + "\n")
+    with pytest.raises(SystemExit, match="already holds records.*--resume"):
+        run(monkeypatch, "--teacher", "rule", "--data", path, "--out", out)
+    run(monkeypatch, "--teacher", "rule", "--data", path, "--out", out, "--resume")
+    assert sorted(p["id"] for p in read(out)) == sorted(r["id"] for r in records if r is not records[7])
+    assert "7 plans kept of 7 (5 finished before)" in capsys.readouterr().out
+
+
+def test_finished_ids_keep_what_is_whole(tmp_path):
+    (tmp_path / "a").write_text('{"id": "1"}\n{"id": "2')
+    assert finished_ids(tmp_path / "a", tmp_path / "b") == {"1"}
+    assert (tmp_path / "a").read_text() == '{"id": "1"}\n'
+
+
+def test_rule_teacher_refuses_other_tasks(tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"problem": "1+1", "answer": "2", "solution": "One and one."}) + "\n")
+    with pytest.raises(SystemExit, match="--teacher rule reads the toy task only"):
+        run(monkeypatch, "--teacher", "rule", "--data", tmp_path / "p.jsonl", "--out", tmp_path / "plans.jsonl")
+
+
+def test_local_teacher_uses_the_sampling_loop(problems, tmp_path, monkeypatch, capsys):
+    """A random model writes nonsense; every record must be accounted for, kept or dropped."""
+    path, records = problems
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, width=16, layers=1, heads=2).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    run(monkeypatch, "--teacher", tmp_path / "teacher", "--data", path, "--out", tmp_path / "plans.jsonl",
+        "--max_new_tokens", 12, "--concurrency", 5)
+    seen = read(tmp_path / "plans.jsonl") + read(tmp_path / "plans.dropped.jsonl")
+    assert sorted(r["id"] for r in seen) == sorted(r["id"] for r in records)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A server
+
+class Teacher(BaseHTTPRequestHandler):
+    """Speaks the OpenAI protocol. `script` holds status codes to answer with, in order; then 200 for ever."""
+    script, keys, asked = [], [], []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        Teacher.keys.append(self.headers.get("Authorization"))
+        Teacher.asked.append(body)
+        status = Teacher.script.pop(0) if Teacher.script else 200
+        content = "<think>\nhm\n</think>\nList what is needed, then compute it."
+        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"],
+                 "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+                 "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}
+        data = json.dumps(reply if status == 200 else {"error": "no"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    Teacher.script, Teacher.keys, Teacher.asked = [], [], []
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+
+    async def no_pause(seconds):
+        return None
+    monkeypatch.setattr(distill.asyncio, "sleep", no_pause)
+    yield f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.shutdown()
+
+
+def test_server_teacher_retries_and_keeps_the_plan_after_the_thinking(problems, tmp_path, monkeypatch, server):
+    path, records = problems
+    monkeypatch.setenv("DISTILL_API_KEY", "secret-of-mine")
+    Teacher.script = [429, 503, 500, 429]
+    run(monkeypatch, "--teacher", server, "--teacher_model", "big", "--data", path, "--out", tmp_path / "plans.jsonl")
+    plans = read(tmp_path / "plans.jsonl")
+    assert len(plans) == 12 and {p["plan"] for p in plans} == {"List what is needed, then compute it."}
+    assert len(Teacher.asked) == 16 and {body["model"] for body in Teacher.asked} == {"big"}
+    assert set(Teacher.keys) == {"Bearer secret-of-mine"}
+    assert records[0]["solution"] in json.dumps(Teacher.asked[0]) or len(Teacher.asked) > 12
+
+
+def test_the_users_hub_token_is_never_sent(problems, tmp_path, monkeypatch, server):
+    monkeypatch.delenv("DISTILL_API_KEY", raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_private")
+    run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+    assert "hf_private" not in json.dumps(Teacher.keys)
+
+
+def test_a_server_that_stays_down_leaves_the_records_for_a_resume(problems, tmp_path, monkeypatch, server, capsys):
+    flags = ("--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl", "--concurrency", 1, "--retries", 1)
+    Teacher.script = [503] * 6  # the first three records, two attempts each
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *flags)
+    assert "3 unanswered (HTTP 503): run again with --resume" in capsys.readouterr().out
+    assert len(read(tmp_path / "plans.jsonl")) == 9
+    run(monkeypatch, *flags, "--resume")
+    assert len(read(tmp_path / "plans.jsonl")) == 12 and len({p["id"] for p in read(tmp_path / "plans.jsonl")}) == 12
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_wrong_key_or_model_ends_the_run_with_one_sentence(problems, tmp_path, monkeypatch, server, status):
+    Teacher.script = [status] * 99
+    with pytest.raises(SystemExit, match=f"answers {status}: check the base URL, --teacher_model and DISTILL_API_KEY"):
+        run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+
+
+def test_the_default_teacher_needs_a_gpu():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, str(ROOT / "distill.py")], capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and "no GPU here" in result.stderr and "make demo" in result.stderr

@@ -1,0 +1,212 @@
+"""Settings, prompts, logprobs, batches, schedules, run folders."""
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import make_tiny
+from data.toy import make_tokenizer
+from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, append_jsonl, check_context, encode_prompt, find_stop_ids,
+                         load_trainer_state, lr_at, make_optimizer, micro_batches, open_run, optimizer_step, pad_batch,
+                         parse_config, resume_folder, save_model, shard_model, token_logprobs)
+
+
+@dataclasses.dataclass
+class Settings:
+    steps: int = 3  # how many
+    lr: float = 1e-3  # how fast, in 1 / step
+    name: str = ""  # who
+    fast: bool = True  # whether
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings
+
+def test_flags_set_fields_of_their_type():
+    config = parse_config(Settings, ["--steps", "7", "--lr", "2e-5", "--name", "x", "--fast", "false"])
+    assert config == Settings(7, 2e-5, "x", False)
+    assert parse_config(Settings, ["--fast"]).fast is True and parse_config(Settings, ["--fast=0"]).fast is False
+    assert parse_config(Settings, []) == Settings()
+
+
+@pytest.mark.parametrize("argv, message", [(["--stepz", "3"], "unrecognized arguments: --stepz"),
+                                           (["--ste", "3"], "unrecognized arguments: --ste"),
+                                           (["--steps", "many"], "invalid int value: 'many'"),
+                                           (["--fast", "maybe"], "wants true or false")])
+def test_bad_flags_are_refused(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Settings, argv)
+    assert message in capsys.readouterr().err
+
+
+def test_help_shows_each_comment_and_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Settings, ["--help"])
+    text = capsys.readouterr().out
+    assert "how many [3]" in text and "how fast, in 1 / step [0.001]" in text and "whether [True]" in text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts
+
+class FakeTokenizer:
+    def __init__(self, no_system: bool):
+        self.no_system, self.calls = no_system, []
+
+    def apply_chat_template(self, messages, **options):
+        if self.no_system and messages[0]["role"] == "system":
+            raise ValueError("System role not supported")
+        self.calls.append((messages, options))
+        return [1, 2, 3]
+
+
+def test_prompt_uses_a_system_turn_or_merges_it_where_the_template_refuses_one():
+    tokenizer = FakeTokenizer(no_system=False)
+    assert encode_prompt(tokenizer, "1 + 1?") == [1, 2, 3]
+    messages, options = tokenizer.calls[0]
+    assert messages == [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": "1 + 1?"}]
+    assert options["add_generation_prompt"] and options["date_string"] == "26 Jul 2024"
+    tokenizer = FakeTokenizer(no_system=True)
+    encode_prompt(tokenizer, "1 + 1?")
+    assert tokenizer.calls[0][0] == [{"role": "user", "content": f"{INSTRUCTION}\n\n1 + 1?"}]
+
+
+def test_plain_template_for_base_models():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    text = tokenizer.apply_chat_template([{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}],
+                                         add_generation_prompt=True, tokenize=False)
+    assert text == "S\n\nQ\n\nSolution:\n"
+
+
+def test_stop_ids_come_from_all_three_places(tiny):
+    model = make_tiny("llama")
+    model.generation_config.eos_token_id = [7, 8]
+    tokenizer = make_tokenizer()
+    assert find_stop_ids(model, tokenizer) == sorted({1, 7, 8, tokenizer.eos_token_id})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Logprobs and batches
+
+def test_token_logprobs_equal_full_logits_at_any_chunk_and_padding(tiny):
+    model = tiny("qwen3")
+    sequences, prompts = [[5, 9, 13, 2, 44], [8, 1, 3], [7] * 9], [2, 1, 8]
+    ids, mask = pad_batch(sequences, prompts, torch.device("cpu"))
+    assert mask.sum(1).tolist() == [3, 2, 1]
+    for chunk in (1, 4, 1000):
+        logprobs, entropy = token_logprobs(model, ids, mask, temperature=0.7, chunk=chunk)
+        assert logprobs.shape == entropy.shape == mask.shape and bool((logprobs[~mask] == 0).all())
+        for row, sequence in enumerate(sequences):  # alone, unpadded, with full logits
+            dense = (model(torch.tensor([sequence])).logits[0, :-1] / 0.7).log_softmax(-1)
+            for t in range(prompts[row], len(sequence)):
+                assert float(logprobs[row, t - 1]) == pytest.approx(float(dense[t - 1, sequence[t]]), abs=1e-5)
+                assert float(entropy[row, t - 1]) == pytest.approx(float(-(dense[t - 1].exp() * dense[t - 1]).sum()), abs=1e-5)
+
+
+def test_token_logprobs_gradient_equals_full_logits(tiny):
+    model = tiny("qwen2")
+    ids, mask = pad_batch([[5, 9, 13, 2, 44], [8, 1, 3]], [2, 1], torch.device("cpu"))
+    token_logprobs(model, ids, mask, chunk=2)[0].sum().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    dense = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    dense[mask].sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, ours[name], atol=1e-4), name
+    model.zero_grad()
+
+
+def test_an_empty_micro_batch_still_reaches_every_parameter(tiny):
+    model = make_tiny("qwen2")
+    ids, mask = pad_batch([], [], torch.device("cpu"))
+    token_logprobs(model, ids, mask)[0].sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert any(p.grad is not None for p in model.parameters())
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = [3, 50, 7, 7, 120, 1, 30, 30]
+    parts = micro_batches(lengths, 100, torch.device("cpu"))
+    assert sorted(sum(parts, [])) == list(range(8))
+    assert all(len(part) * max(lengths[i] for i in part) <= 100 or len(part) == 1 for part in parts)
+    assert micro_batches([], 100, torch.device("cpu")) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimiser, schedule
+
+def test_schedule_by_hand():
+    assert [lr_at(s, 10, 8.0, 4, "constant") for s in (0, 1, 3, 4, 9)] == [2.0, 4.0, 8.0, 8.0, 8.0]
+    assert [lr_at(s, 10, 6.0, 4, "linear") for s in (4, 7)] == [6.0, 3.0]
+    assert lr_at(7, 10, 6.0, 4, "cosine") == pytest.approx(3.0) and lr_at(4, 10, 6.0, 4, "cosine") == 6.0
+
+
+def test_a_step_with_a_bad_gradient_is_skipped_and_a_large_one_clipped():
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=99.0)
+    model.weight.grad = torch.tensor([[float("nan"), 1.0]])
+    assert not torch.isfinite(torch.tensor(optimizer_step(model, optimizer, 0.1, 1.0)))
+    assert torch.equal(model.weight, before) and model.weight.grad is None
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    assert optimizer_step(model, optimizer, 0.1, 1.0) == pytest.approx(50.0)
+    assert torch.allclose(model.weight, before - 0.1 * torch.tensor([[0.6, 0.8]]), atol=1e-4)
+
+
+def test_weight_decay_spares_norms_and_biases():
+    groups = make_optimizer(make_tiny("qwen2"), 1e-3, 0.1).param_groups
+    assert groups[0]["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in groups[0]["params"])
+    assert groups[1]["weight_decay"] == 0.0 and all(p.ndim == 1 for p in groups[1]["params"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_a_run_folder_is_not_overwritten_unasked(tmp_path):
+    out = str(tmp_path / "run")
+    folder = open_run(out, False, False, Settings())
+    append_jsonl(folder / "metrics.jsonl", [{"step": 1}])
+    with pytest.raises(SystemExit, match="already holds a run.*--resume.*--overwrite"):
+        open_run(out, False, False, Settings())
+    open_run(out, False, True, Settings())
+    assert (folder / "metrics.jsonl").exists()
+    (folder / "model").mkdir()
+    with pytest.raises(SystemExit, match="finished run: nothing to resume"):
+        open_run(out, False, True, Settings())
+    (folder / "notes.txt").write_text("the user's own")
+    open_run(out, True, False, Settings(steps=9))
+    assert not (folder / "metrics.jsonl").exists() and not (folder / "model").exists()
+    assert (folder / "notes.txt").exists() and json.loads((folder / "run.json").read_text())["steps"] == 9
+
+
+def test_checkpoints_load_as_hugging_face_folders_and_resume_exactly(tmp_path):
+    ids = torch.tensor([[3, 4, 5, 6]])
+
+    def step(model, optimizer):
+        model.token_logprobs(ids, torch.ones(1, 3).bool())[0].sum().backward()
+        optimizer_step(model, optimizer, 1e-2, 1.0)
+
+    model = shard_model(make_tiny("qwen2"))
+    optimizer = make_optimizer(model, 1e-2, 0.01)
+    step(model, optimizer)
+    save_model(model, make_tokenizer(), tmp_path / "step_1", optimizer, {"step": 1, "cursor": 8})
+    save_model(model, make_tokenizer(), tmp_path / "step_1", optimizer, {"step": 1, "cursor": 8})  # again: replaced
+    assert resume_folder(tmp_path) == tmp_path / "step_1" and not list(tmp_path.glob("*.tmp"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step_1")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+    other = shard_model(make_tiny("qwen2", seed=3))
+    other_optimizer = make_optimizer(other, 1e-2, 0.01)
+    assert load_trainer_state(other, other_optimizer, tmp_path / "step_1") == {"step": 1, "cursor": 8}
+    step(model, optimizer)
+    step(other, other_optimizer)  # the same second step needs the same moments
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_lengths_beyond_the_context_are_refused():
+    check_context(make_tiny("qwen2").config, 100, 156)
+    with pytest.raises(SystemExit, match="context of 256; lower --max_completion_tokens"):
+        check_context(make_tiny("qwen2").config, 100, 157)
