@@ -2,14 +2,14 @@
 
 A question lists shuffled facts and asks for one quantity; arithmetic keeps the last digit (mod 10):
 
-    problem   F = A + 2 ; D = B - A ; A = 4 ; K = A + F ; B = 9 ; K ?
-    plan      K needs A F ; F needs A ; A needs nothing              which quantities, no numbers, target first
-    CoT       A = 4 ; F = A + 2 = 4 + 2 = 6 ; K = A + F = 4 + 6 = 0  the plan, read backwards and computed
+    problem   E = A + 2 ; D = B - A ; A = 4 ; F = A + E ; B = 9 ; F ?
+    plan      F needs A E ; E needs A ; A needs nothing              which quantities, no numbers, target first
+    CoT       A = 4 ; E = A + 2 = 4 + 2 = 6 ; F = A + E = 4 + 6 = 0  the plan, read backwards and computed
     answer    0
 
 D and B are distractors. Difficulty is the number of facts. The *solutions* that come with training problems are
 of two kinds, as human solutions are. A full one derives every needed quantity. A terse one leaves out a derived
-quantity that its author worked out in the head (`A = 4 ; K = A + F = 4 + 6 = 0`): it is correct, so checking its
+quantity that its author worked out in the head (`A = 4 ; F = A + E = 4 + 6 = 0`): it is correct, so checking its
 answer cannot filter it out, but a small model that imitates it must guess the 6. Which plans can be carried out is
 therefore what fine-tuning on solutions cannot teach and what reinforcement learning can.
 
@@ -22,7 +22,7 @@ import random
 import re
 from pathlib import Path
 
-NAMES = "ABCDEFGHJKLMNPQR"
+NAMES = "ABCDEF"  # few: with all 26, a tiny model needs ten times as long to learn to look one up
 DIGITS = "0123456789"
 SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # per cent of all problems, by hash
 
@@ -128,7 +128,7 @@ def split_of(problem: str) -> str:
     return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
 
 
-def make_problems(split: str, count: int, facts: tuple[int, int] = (5, 7), seed: int = 0, terse: float = 0.0) -> list[dict]:
+def make_problems(split: str, count: int, facts: tuple[int, int] = (5, 6), seed: int = 0, terse: float = 0.0) -> list[dict]:
     """`count` different problem records of `split`; the number of facts is uniform in `facts` (both ends included).
 
     The same arguments give the same bytes on every machine. Splits share no problem, whatever the seed.
@@ -183,18 +183,13 @@ def make_model(tokenizer, seed: int = 0, width: int = 128, layers: int = 3, head
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
+    return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, tie_word_embeddings=True,
         # A base of 100 instead of 10,000: sequences are short, and look-ups need positions that differ.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.05,  # the usual 0.02 is for widths of thousands; look-ups form much later with it
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
-    with torch.no_grad():  # biases of 0 prefer no distance: each head starts with distances that it likes instead
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.bias.normal_()
-            layer.self_attn.k_proj.bias.normal_()
-    return model
 
 
 def main():
@@ -203,7 +198,7 @@ def main():
     parser.add_argument("--sft", type=int, default=6000, help="problems with solutions, to distil and fine-tune on")
     parser.add_argument("--train", type=int, default=6000, help="problems for reinforcement learning")
     parser.add_argument("--test", type=int, default=400, help="problems for each of validation and test")
-    parser.add_argument("--facts", type=int, nargs=2, default=(5, 7), metavar=("LOW", "HIGH"), help="facts a problem")
+    parser.add_argument("--facts", type=int, nargs=2, default=(5, 6), metavar=("LOW", "HIGH"), help="facts a problem")
     parser.add_argument("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -8,15 +8,15 @@ from transformers import AutoTokenizer
 from data.toy import (evaluate_facts, make_model, make_problems, make_tokenizer, needed, plan_of, split_of,
                       write_solution)
 
-FACTS = {"A": ("4",), "F": ("A", "+", "2"), "B": ("9",), "D": ("B", "-", "A"), "K": ("A", "+", "F")}
+FACTS = {"A": ("4",), "F": ("A", "+", "2"), "B": ("9",), "D": ("B", "-", "A"), "C": ("A", "+", "F")}
 
 
 def test_values_needs_solution_and_plan_by_hand():
-    assert evaluate_facts(FACTS) == {"A": 4, "F": 6, "B": 9, "D": 5, "K": 0}  # 4 + 6 = 10, last digit 0
-    assert needed(FACTS, "K") == ["A", "F", "K"] and needed(FACTS, "D") == ["B", "A", "D"]
-    solution = write_solution(FACTS, ["A", "F", "K"])
-    assert solution == "A = 4 ; F = A + 2 = 4 + 2 = 6 ; K = A + F = 4 + 6 = 0"
-    assert plan_of(solution) == "K needs A F ; F needs A ; A needs nothing"
+    assert evaluate_facts(FACTS) == {"A": 4, "F": 6, "B": 9, "D": 5, "C": 0}  # 4 + 6 = 10, last digit 0
+    assert needed(FACTS, "C") == ["A", "F", "C"] and needed(FACTS, "D") == ["B", "A", "D"]
+    solution = write_solution(FACTS, ["A", "F", "C"])
+    assert solution == "A = 4 ; F = A + 2 = 4 + 2 = 6 ; C = A + F = 4 + 6 = 0"
+    assert plan_of(solution) == "C needs A F ; F needs A ; A needs nothing"
 
 
 @pytest.mark.parametrize("text", ["", "First we add.", "A = 4 ; then F", "A = 4 ; F = A + 2 = 4 + 2"])
@@ -42,14 +42,15 @@ def test_solutions_end_in_the_answer_and_full_ones_compute_everything_needed():
 
 def test_terse_solutions_are_right_but_leave_steps_out():
     full, terse = (make_problems("train", 300, terse=share) for share in (0.0, 1.0))
-    shortened = 0
-    for record in terse:
+
+    def leaves_out(record) -> bool:
+        """Whether a computed step uses a quantity that no step computes."""
         names = [step[0] for step in record["solution"].split(" ; ")]
         facts = dict(fact.split(" = ") for fact in record["problem"].split(" ; ")[:-1])
-        used = {word for name in names for word in facts[name].split() if word.isalpha()}
-        assert record["solution"][-1] == record["answer"]
-        shortened += not used <= set(names)
-    assert shortened == 300
+        return not {word for name in names for word in facts[name].split() if word.isalpha()} <= set(names)
+
+    assert not any(map(leaves_out, full)) and sum(map(leaves_out, terse)) > 200  # the others have no step to spare
+    assert all(record["solution"][-1] == record["answer"] for record in terse)
     mean = lambda records: sum(len(r["solution"]) for r in records) / len(records)
     assert mean(terse) < mean(full)
 
@@ -66,14 +67,14 @@ def test_splits_share_no_problem_and_a_shuffled_copy_stays_in_its_split():
 
 
 def test_difficulty_is_the_number_of_facts():
-    for low, high in ((4, 4), (6, 9)):
+    for low, high in ((4, 4), (5, 6)):
         counts = {record["problem"].count(";") for record in make_problems("test", 100, facts=(low, high))}
         assert counts == set(range(low, high + 1))
 
 
 def test_a_seed_gives_the_same_bytes_everywhere():
     text = json.dumps(make_problems("train", 50, seed=3, terse=0.5))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "4dd37c1281a3649b"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "84a895e68c82a9b2"
 
 
 def test_tokenizer_is_word_level_and_survives_a_qwen2_folder(tmp_path):
@@ -85,8 +86,8 @@ def test_tokenizer_is_word_level_and_survives_a_qwen2_folder(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "<plan>\nK needs A\n</plan>\n<think>\nA = 4\n</think>\n<answer>\n\\boxed{4}\n</answer>"
     ids = loaded.encode(text)
-    assert loaded.unk_token_id not in ids and len(ids) == 15
-    assert loaded.decode(ids) == "<plan> K needs A </plan> <think> A = 4 </think> <answer> \\boxed{ 4 } </answer>"
+    assert loaded.unk_token_id not in ids and len(ids) == 13
+    assert loaded.decode(ids) == "<plan> C needs A </plan> <think> A = 4 </think> <answer> \\boxed{ 4 } </answer>"
     prompt = loaded.apply_chat_template([{"role": "system", "content": "never mind"},
                                          {"role": "user", "content": "A = 4 ; A ?"}],
                                         add_generation_prompt=True, tokenize=False)
