@@ -9,6 +9,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests
 
+bench: .venv/ready
+	$(BIN)/python -m bench.rewards
+
 # torch goes first and alone: a build that is already to hand is then kept by everything after it.
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

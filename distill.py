@@ -12,7 +12,7 @@ it need not be strong. Three kinds of --teacher:
 A plan is kept if it is not empty, not too long, free of template tags and does not give the answer away. Finished
 records are written at once; with --resume a stopped run goes on where it was and asks for none twice.
 
-    python distill.py --teacher rule --data runs/demo/train.jsonl --out runs/demo/plans.jsonl
+    python distill.py --teacher rule --data runs/demo/data/sft.jsonl --out runs/demo/plans.jsonl
 """
 import asyncio
 import json
@@ -90,7 +90,6 @@ async def ask_rule(records: list[dict], config: Config, report):
 
 async def ask_local(records: list[dict], config: Config, report):
     """Batches through grpo.py's sampling loop."""
-    load_config(config.teacher)
     tokenizer = load_tokenizer(config.teacher)
     device = init_distributed()
     model = load_model(config.teacher, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -163,10 +162,11 @@ async def ask_with_retries(client, record: dict, config: Config) -> str | None:
             status = error.response.status_code
             if status in (401, 403, 404):
                 fail(f"{config.teacher} answers {status}: check the base URL, --teacher_model and DISTILL_API_KEY")
-            if status != 429 and status < 500:
+            if status not in (408, 429) and status < 500:
                 return None
             why = f"HTTP {status}"
-        except (httpx.HTTPError, TimeoutError) as error:  # no connection, time-out, cut off in mid-reply
+        except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError) as error:
+            # no connection, time-out, a reply cut off in the middle or without choices
             why = type(error).__name__
     raise Unavailable(why)
 
@@ -194,7 +194,10 @@ def main():
         if config.teacher == Config.teacher and not torch.cuda.is_available():
             fail("no GPU here, and the default teacher has 235 B parameters: pass a server's URL or a smaller model "
                  "as --teacher (`make demo` uses --teacher rule)")
-    if out.exists() and not (config.resume or config.overwrite):
+        load_config(config.teacher)
+    if Path(config.data).resolve() == out.resolve():
+        fail(f"--out is the --data file {out}; choose another --out")
+    if (out.exists() or dropped.exists()) and not (config.resume or config.overwrite):
         fail(f"{out} already holds records: choose another --out, pass --resume to go on, or --overwrite to replace it")
     records = load_records(config.data, ("problem", "answer", "solution"), limit=config.limit, seed=config.seed)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 The paper's protocol is temperature 0.6, top-p 0.95 and the mean over 64 samples a problem (section 4.1 of arXiv
 2510.01833); these are the defaults.
 
-    python eval.py --model runs/demo/pta/model --data runs/demo/test.jsonl --out runs/demo/eval_pta --n 1
+    python eval.py --model runs/demo/pta/model --data runs/demo/data/test.jsonl --out runs/demo/eval_pta --n 1
 """
 import json
 import math
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from grpo import accuracy, evaluate, load_questions
-from model_utils import (append_jsonl, check_context, fail, init_distributed, load_config, load_model, load_tokenizer, parse_config,
+from grpo import GRADER_COUNTS, accuracy, evaluate, load_questions
+from model_utils import (append_jsonl, check_context, fail, gather0, init_distributed, load_config, load_model, load_tokenizer, parse_config,
                          print0, rank)
 from rewards import grader_stats
 
@@ -74,7 +74,11 @@ def summarise(records: list[dict], seed: int = 0) -> dict:
 def main():
     config = parse_config(Config)
     out = Path(config.out)
-    if (out / "summary.json").exists() and not config.overwrite:
+    if out.exists() and not out.is_dir():
+        fail(f"{out} is a file; --out wants a folder")
+    if config.n < 1 or not 0 < config.top_p <= 1 or config.temperature < 0:
+        fail("--n must be at least 1, --top_p in (0, 1] and --temperature not below 0")
+    if any((out / name).exists() for name in ("records.jsonl", "summary.json")) and not config.overwrite:
         fail(f"{out} already holds results: choose another --out or pass --overwrite")
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -85,11 +89,12 @@ def main():
     model = load_model(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     records = evaluate(model, tokenizer, problems, n=config.n, temperature=config.temperature, top_p=config.top_p,
                        max_new_tokens=config.max_completion_tokens, seed=config.seed, max_rows=config.rollout_rows)
+    stats = gather0([grader_stats()])  # every rank graded its own share
     if rank() != 0:
         return
     (out / "records.jsonl").unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    summary = {**summarise(records, config.seed), "grader": grader_stats()}
+    summary = {**summarise(records, config.seed), "grader": {name: sum(s[name] for s in stats) for name in GRADER_COUNTS}}
     append_jsonl(out / "records.jsonl", records)
     (out / "summary.json").write_text(json.dumps({**summary, "settings": asdict(config)}, indent=1) + "\n")
     print0(f"{config.model} on {config.data}: {summary['n_problems']} problems x {config.n}\n"

@@ -10,8 +10,8 @@ GRPO, DAPO and Dr. GRPO are settings of this loop (recipes/). Departures from th
 divided by the global token count (`--loss_agg constant` is Eq. 9 over a fixed length); the KL estimator is k3;
 tau, alpha, the clip range and the KL coefficient, on which the paper is silent, are those of shared defaults.
 
-    python grpo.py --model runs/demo/sft/model --data runs/demo/train.jsonl ...     one GPU or CPU
-    torchrun --nproc_per_node=8 grpo.py                                             the paper's main run
+    python grpo.py --model runs/demo/sft/model --data runs/demo/data/train.jsonl ...   one GPU or CPU
+    torchrun --nproc_per_node=8 grpo.py                                                 the paper's main run
 
 Shapes: N questions of a rank, m plans, z CoTs a plan, G = m z; B sequences of T tokens; V vocabulary.
 """
@@ -459,7 +459,10 @@ def make_groups(tokenizer, problems: list[dict], trees: list[list[Row]], stop_id
     """Decode, parse and grade the completions of every question."""
     texts = completion_texts(tokenizer, [row.ids for rows in trees for row in rows], stop_ids)
     golds = [problem["answer"] for problem, rows in zip(problems, trees) for _ in rows]
-    correct = grade(golds, [extract_answer(text) for text in texts])
+    rows = [row for tree in trees for row in tree]
+    # A plan that never closed has no CoT: a box in it is no CoT's answer, and would earn the plan full marks.
+    answers = [None if row.plan_open else extract_answer(text) for row, text in zip(rows, texts)]
+    correct = grade(golds, answers)
     groups, at = [], 0
     for problem, rows in zip(problems, trees):
         part = slice(at, at := at + len(rows))
@@ -539,6 +542,8 @@ def show_record(record: dict):
 def check_config(config: Config):
     """Refuse settings that cannot work, before anything is loaded. Raises SystemExit with the remedy."""
     check_common(config, Config.model)
+    if min(config.steps, config.questions, config.plans, config.cots, config.epochs, config.mini_batches) < 1:
+        fail("--steps, --questions, --plans, --cots, --epochs and --mini_batches must be at least 1")
     ranks = world_size()
     if config.questions % ranks:
         legal = ", ".join(str(n) for n in range(ranks, config.questions + ranks + 1, ranks)[-3:])
@@ -554,10 +559,12 @@ def check_config(config: Config):
              f"{config.max_completion_tokens}; lower it")
     if config.loss_agg not in ("token", "sequence", "constant"):
         fail(f"--loss_agg is token, sequence or constant, not {config.loss_agg!r}")
+    if config.tau <= 0:
+        fail(f"--tau must be above 0, not {config.tau}")
+    if not 0 <= config.overlong_buffer <= config.max_completion_tokens:
+        fail("--overlong_buffer must lie between 0 and --max_completion_tokens")
     if config.temperature <= 0:
         fail("--temperature must be above 0: greedy rollouts are all alike and teach nothing")
-    if min(config.steps, config.questions, config.plans, config.cots, config.epochs, config.mini_batches) < 1:
-        fail("--steps, --questions, --plans, --cots, --epochs and --mini_batches must be at least 1")
     if config.plans * config.cots < 2:
         fail("a group of one completion has no baseline: raise --plans or --cots")
 
@@ -586,11 +593,12 @@ def main():
     stop_ids = find_stop_ids(model, tokenizer)
     plan_closed = plan_end(tokenizer)
     state = {"step": 0, "cursor": 0}  # steps done; questions drawn so far, over all ranks
-    if config.resume and (newest := resume_folder(folder)):
-        state = load_trainer_state(model, optimizer, newest)
+    if config.resume:
+        if newest := resume_folder(folder):
+            state = load_trainer_state(model, optimizer, newest)
         for log in ("metrics.jsonl", "rollouts.jsonl"):
             trim_jsonl(folder / log, state["step"])
-        print0(f"resuming from {newest} after step {state['step']}")
+        print0(f"resuming after step {state['step']}")
     print0(f"{len(problems)} training and {len(held_out)} held-out problems; {model.num_parameters():,} parameters; "
            f"{world_size()} x {device.type}; a step: {config.questions} questions x {config.plans} plans x "
            f"{config.cots} CoTs = {config.questions * config.plans * config.cots} completions")
@@ -611,6 +619,7 @@ def main():
 
     if held_out and config.eval_every and state["step"] == 0:
         print0(f"step 0  eval_accuracy {held_out_accuracy():.3f}")
+    grader_stats(reset=True)  # a step counts its own rollouts
 
     while state["step"] < config.steps:
         step, started = state["step"] + 1, time.time()
@@ -679,6 +688,7 @@ def main():
         metrics.update(lr=lr, rounds=rounds, skipped=sum(not math.isfinite(u["grad_norm"]) for u in updates))
         if held_out and config.eval_every and (step % config.eval_every == 0 or last):
             metrics["eval_accuracy"] = held_out_accuracy()
+            grader_stats(reset=True)
         metrics.update({f"seconds_{name}": value for name, value in seconds.items()}, seconds=time.time() - started)
         tokens = all_sum(torch.tensor(float(rewards["lengths"].sum()), device=device))
         metrics["tokens_per_s"] = float(tokens) / metrics["seconds"]

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens a sequence, V vocabulary, W ranks.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import inspect
 import json
 import math
@@ -38,8 +39,8 @@ def parse_bool(text: str) -> bool:
 def parse_config(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from `--field value` flags; a field's trailing comment is its help text.
 
-    Booleans are taken both ways (`--flag`, `--flag true`, `--flag false`). Unknown flags end the program with the
-    list of near names. Raises SystemExit.
+    Booleans are taken both ways (`--flag`, `--flag true`, `--flag false`). Raises SystemExit with one sentence for a
+    bad value or an unknown flag, near names included.
     """
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
     description = (sys.modules[cls.__module__].__doc__ or "").replace("%", "%%")
@@ -51,9 +52,12 @@ def parse_config(cls, argv: list[str] | None = None):
         boolean = {"nargs": "?", "const": True, "type": parse_bool, "metavar": "true|false"}
         parser.add_argument(f"--{field.name}", default=field.default, help=help_text,
                             **(boolean if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}))
-    if rank() != 0:  # every rank parses the same words; one of them explains what is wrong
-        parser.error = lambda message: sys.exit(2)
-    return cls(**vars(parser.parse_args(argv)))
+    parser.error = fail
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{field.name}" for field in dataclasses.fields(cls)])
+        fail(f"unknown flag {unknown[0]}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all"))
+    return cls(**vars(known))
 
 
 def check_common(config, default_model: str):
@@ -139,7 +143,10 @@ PLAIN_TEMPLATE = ("{% for message in messages %}{{ message['content'] + '\n\n' }
 def load_tokenizer(path: str):
     """The tokenizer of a Hugging Face folder or hub id, with a chat template in any case (announced when added)."""
     from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"no usable tokenizer at {path!r} ({str(error).splitlines()[0][:100]}); copy the model's tokenizer files there")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no end-of-text token; set eos_token in its tokenizer_config.json")
     if tokenizer.chat_template is None:
@@ -182,7 +189,7 @@ def load_config(path: str):
     from transformers import AutoConfig
     try:
         return AutoConfig.from_pretrained(path)
-    except OSError:
+    except (OSError, ValueError):  # not there, or without a usable config.json
         fail(f"no model at {path!r}: give a Hugging Face folder or the id of a model that can be downloaded "
              "(for the embedded default see `make demo`)")
 
@@ -263,7 +270,7 @@ def save_model(model, tokenizer, folder: Path, optimizer=None, trainer_state: di
         tokenizer.save_pretrained(temporary)
         if optimizer:  # the fp32 master weights go with the optimiser state
             torch.save({"model": state, "optimizer": optimizer_state, **(trainer_state or {})}, temporary / "trainer.pt")
-        for file in temporary.iterdir():
+        for file in (path for path in temporary.rglob("*") if path.is_file()):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if folder.exists():
@@ -276,7 +283,7 @@ def save_model(model, tokenizer, folder: Path, optimizer=None, trainer_state: di
 def load_trainer_state(model, optimizer, folder: Path) -> dict:
     """Put a checkpoint's weights and optimiser state back, at any world size; returns the rest of trainer.pt."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
-    saved = torch.load(Path(folder) / "trainer.pt", map_location="cpu", weights_only=True)
+    saved = torch.load(Path(folder) / "trainer.pt", map_location="cpu", mmap=True, weights_only=True)
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, saved.pop("model"), options=options)
     set_optimizer_state_dict(model, optimizer, saved.pop("optimizer"), options=options)
@@ -457,13 +464,20 @@ def open_run(out: str, overwrite: bool, resume: bool, settings) -> Path:
             fail(f"{out} holds a finished run: nothing to resume; choose another --out, or pass --overwrite")
         if not overwrite and not resume:
             fail(f"{out} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
+    for name in ("model", "data", "eval_data"):  # a run's own inputs must not lie among what --overwrite removes
+        value = getattr(settings, name, "")
+        if overwrite and value and folder.resolve() in Path(value).resolve().parents:
+            fail(f"--{name} {value} lies in --out {out}, which --overwrite would clear; choose another --out")
     if rank() == 0:
         if overwrite and not resume:
-            for old in (*folder.glob("*.jsonl"), folder / "run.json"):
-                old.unlink(missing_ok=True)
+            for old in ("metrics.jsonl", "rollouts.jsonl", "run.json"):
+                (folder / old).unlink(missing_ok=True)
             for old in (*folder.glob("step_*"), folder / "model"):
                 shutil.rmtree(old, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"cannot make --out {out} ({error.strerror}); choose a folder that can be written")
         (folder / "run.json").write_text(json.dumps(dataclasses.asdict(settings), indent=1) + "\n")
     return folder
 
@@ -478,7 +492,9 @@ def trim_jsonl(path: Path, step: int):
     """Drop what a log holds beyond `step` (rank 0), a line cut off in mid-write included: those steps run again."""
     if rank() == 0 and path.exists():
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        temporary.replace(path)
 
 
 def append_jsonl(path: Path, records: list[dict]):

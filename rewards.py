@@ -181,8 +181,8 @@ def total_reward(correct: Tensor, well_formed: Tensor, lengths: Tensor, beta: fl
 
 def _check_shapes(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1 or any(len(shape) != 3 or 0 in shape for shape in shapes.values()):
-        raise ValueError(f"expected non-empty tensors of one shape (questions, plans, CoTs), got {shapes}")
+    if len(set(shapes.values())) > 1 or any(len(shape) != 3 or 0 in shape[1:] for shape in shapes.values()):
+        raise ValueError(f"expected tensors of one shape (questions, plans, CoTs), the last two not 0, got {shapes}")
 
 
 # --------------------------------------------------------------------------------------- is the answer right?

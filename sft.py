@@ -3,7 +3,7 @@
 The prompt is masked; every completion token is supervised, the end of turn included, or the model would never learn
 to stop. With `--use_plan false` the plans are left out (the paper's Table 4, "SFT without plans").
 
-    python sft.py --model runs/demo/base/model --data runs/demo/plans.jsonl --out runs/demo/sft
+    python sft.py --model data/toy_base --data runs/demo/plans.jsonl --out runs/demo/sft
     torchrun --nproc_per_node=8 sft.py
 """
 import random
@@ -36,11 +36,11 @@ class Config:
     max_grad_norm: float = 1.0  # gradient-norm clip
     val_size: int = 200  # records held out for the validation loss (at most a tenth of the data)
     eval_every: int = 100  # steps between validation losses
-    save_every: int = 0  # steps between checkpoints to resume from; 0: only the model at the end
+    save_every: int = 200  # steps between checkpoints to resume from; 0: only the model at the end
     tokens_per_micro_batch: int = 16384  # padded tokens in one forward and backward
     max_tokens: int = 8192  # longer records (prompt and completion) are left out, and counted
-    limit: int = 0  # use the first so many records; 0: all
-    seed: int = 0  # order of the records
+    limit: int = 0  # use a random subset of this size; 0: all
+    seed: int = 0  # choice of the subset, order of the records
     overwrite: bool = False  # replace a run that --out already holds
     resume: bool = False  # go on from the newest checkpoint in --out
 
@@ -48,7 +48,10 @@ class Config:
 def encode_record(tokenizer, record: dict, use_plan: bool) -> tuple[list[int], int]:
     """(ids of prompt + completion + end of turn, length of the prompt)."""
     prompt = encode_prompt(tokenizer, record["problem"])
-    completion = build_completion(record["plan"] if use_plan else None, record["think"], record["answer"])
+    try:
+        completion = build_completion(record["plan"] if use_plan else None, record["think"], record["answer"])
+    except ValueError as error:
+        fail(f"record {record['id']}: {error}; mend or remove it")
     ids = tokenizer.encode(completion, add_special_tokens=False) + [tokenizer.eos_token_id]
     return prompt + ids, len(prompt)
 
@@ -81,17 +84,17 @@ def main():
     if config.batch_size % world_size():
         fail(f"--batch_size {config.batch_size} does not divide over {world_size()} ranks; "
              f"try {config.batch_size // world_size() * world_size() or world_size()}")
+    if min(config.batch_size, config.eval_every) < 1:
+        fail("--batch_size and --eval_every must be at least 1")
     records = load_records(config.data, fields=("problem", "answer", "think") + ("plan",) * config.use_plan,
-                           limit=config.limit)
-    load_config(config.model)
-    folder = open_run(config.out, config.overwrite, config.resume, config)
-    device = init_distributed()
+                           limit=config.limit, seed=config.seed)
+    model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
-
-    rows = [encode_record(tokenizer, record, config.use_plan) for record in records]
-    kept = [row for row in rows if len(row[0]) <= config.max_tokens]
+    rows = [encode_record(tokenizer, record, config.use_plan) for record in tqdm(records, desc="encode", disable=None)]
+    longest = min(config.max_tokens, getattr(model_config, "max_position_embeddings", None) or config.max_tokens)
+    kept = [row for row in rows if len(row[0]) <= longest]
     print0(f"{len(kept)} records, {count_tokens(kept):,} supervised tokens"
-           + (f"; {len(rows) - len(kept)} longer than --max_tokens left out" if len(kept) < len(rows) else ""))
+           + (f"; {len(rows) - len(kept)} of more than {longest} tokens left out" if len(kept) < len(rows) else ""))
     random.Random(config.seed).shuffle(kept)
     n_val = min(config.val_size, len(kept) // 10)
     validation, train = kept[:n_val], kept[n_val:]
@@ -100,13 +103,16 @@ def main():
     per_epoch = len(train) // config.batch_size
     steps = max(1, round(per_epoch * config.epochs))
 
+    folder = open_run(config.out, config.overwrite, config.resume, config)
+    device = init_distributed()
     model = shard_model(load_model(config.model, device))
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     start = 0
-    if config.resume and (newest := resume_folder(folder)):
-        start = load_trainer_state(model, optimizer, newest)["step"]
+    if config.resume:
+        if newest := resume_folder(folder):
+            start = load_trainer_state(model, optimizer, newest)["step"]
         trim_jsonl(folder / "metrics.jsonl", start)
-        print0(f"resuming from {newest} after step {start}")
+        print0(f"resuming after step {start}")
 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="sft", disable=None if rank() == 0 else True)
     for step in bar:

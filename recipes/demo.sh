@@ -3,25 +3,27 @@
 # GRPO and PTA-GRPO start from the same checkpoint and sample equally many completions. `make demo` runs this.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OMP_WAIT_POLICY=PASSIVE  # threads that wait should not spin: there are as many of them as cores
 RUN=${RUN:-runs/demo}
-STEPS=${STEPS:-60}
+STEPS=${STEPS:-120}
 stage() { python recipes/demo_tools.py stage "$RUN" "$@"; }
 
 rm -f "$RUN/stages.jsonl"
-stage data    python -m data.toy --out "$RUN/data"
+stage data    python -m data.toy --out "$RUN/data" --terse 0.35 --test 600
 stage distill python distill.py --teacher rule --data "$RUN/data/sft.jsonl" --out "$RUN/plans.jsonl" --overwrite
 stage sft     python sft.py --model data/toy_base --data "$RUN/plans.jsonl" --out "$RUN/sft" --overwrite \
-              --epochs 2 --lr 1e-3 --batch_size 64 --tokens_per_micro_batch 4000 --eval_every 50
+              --epochs 2 --lr 1.5e-3 --batch_size 64 --tokens_per_micro_batch 4000 --eval_every 50
 
 rl=(--model "$RUN/sft/model" --data "$RUN/data/train.jsonl" --eval_data "$RUN/data/validation.jsonl" --overwrite
-    --steps "$STEPS" --questions 16 --lr 3e-4 --kl_coef 0.01 --max_plan_tokens 64 --max_completion_tokens 160
-    --tokens_per_micro_batch 4000 --eval_every 20 --show_every 20 --save_every 0)
+    --steps "$STEPS" --questions 16 --lr 1.8e-4 --warmup_steps 5 --schedule linear --kl_coef 0.01
+    --max_plan_tokens 48 --max_completion_tokens 128 --tokens_per_micro_batch 4000
+    --eval_every 40 --show_every 40 --save_every 0)
 stage grpo    python grpo.py "${rl[@]}" --out "$RUN/grpo" --plans 12 --cots 1 --beta 0
 stage pta     python grpo.py "${rl[@]}" --out "$RUN/pta" --plans 4 --cots 3 --beta 0.5
 
 for name in base sft grpo pta; do
     model="$RUN/$name/model"; [ "$name" = base ] && model=data/toy_base
     stage "eval_$name" python eval.py --model "$model" --data "$RUN/data/test.jsonl" --out "$RUN/eval_$name" --overwrite \
-          --n 4 --max_completion_tokens 160
+          --n 4 --max_completion_tokens 128
 done
 python recipes/demo_tools.py summary "$RUN"

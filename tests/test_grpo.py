@@ -218,6 +218,23 @@ def test_token_weights_by_hand():
     assert torch.allclose(token_weights(mask, "constant", 10, 3, 100), mask / 300)
 
 
+def test_a_rank_without_groups_gets_empty_rewards_and_metrics():
+    """Dynamic sampling may leave a rank with nothing, and it must still take part in the step."""
+    rewards = grpo.group_rewards([], Config())
+    assert rewards["total"].shape == (0, 4, 3)
+    assert group_advantages(rewards["total"].flatten(1)).shape == (0, 12)
+    metrics = grpo.rollout_metrics([], rewards, torch.device("cpu"))
+    assert metrics["accuracy"] == 0 and metrics["zero_variance"] == 0
+
+
+def test_a_plan_that_never_closed_is_not_right_whatever_it_holds():
+    text = "<plan> guess \\boxed{7}"
+    tokenizer = types.SimpleNamespace(batch_decode=lambda completions: [text] * len(completions))
+    rows = [Row(0, 9, ids=[2], plan_open=True), Row(0, 9, ids=[2], plan_tokens=1)]
+    group, = grpo.make_groups(tokenizer, [{"answer": "7"}], [rows], [1])
+    assert group.correct == [False, True]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Update
 

@@ -174,7 +174,7 @@ def test_no_flags_and_no_gpu_names_the_demo():
     for script in ("grpo.py", "sft.py"):
         message = call(script, ok=False)
         assert "make demo" in message and "Traceback" not in message
-    assert "unrecognized arguments: --stepz" in call("grpo.py", "--stepz", 3, ok=False)
+    assert "unknown flag --stepz; did you mean --steps" in call("grpo.py", "--stepz", 3, ok=False)
 
 
 def test_help_lists_the_settings_of_the_paper():
