@@ -5,17 +5,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE  # threads that wait should not spin: there are as many of them as cores
 RUN=${RUN:-runs/demo}
-STEPS=${STEPS:-120}
+STEPS=${STEPS:-100}
 stage() { python recipes/demo_tools.py stage "$RUN" "$@"; }
 
 rm -f "$RUN/stages.jsonl"
-stage data    python -m data.toy --out "$RUN/data" --terse 0.35 --test 600
+stage data    python -m data.toy --out "$RUN/data" --sft 12000 --terse 0.5 --test 600
 stage distill python distill.py --teacher rule --data "$RUN/data/sft.jsonl" --out "$RUN/plans.jsonl" --overwrite
 stage sft     python sft.py --model data/toy_base --data "$RUN/plans.jsonl" --out "$RUN/sft" --overwrite \
-              --epochs 2 --lr 1.5e-3 --batch_size 64 --tokens_per_micro_batch 4000 --eval_every 50
+              --epochs 2 --lr 2e-3 --batch_size 64 --tokens_per_micro_batch 4000 --eval_every 50
 
 rl=(--model "$RUN/sft/model" --data "$RUN/data/train.jsonl" --eval_data "$RUN/data/validation.jsonl" --overwrite
-    --steps "$STEPS" --questions 16 --lr 1.8e-4 --warmup_steps 5 --schedule linear --kl_coef 0.01
+    --steps "$STEPS" --questions 16 --lr 2e-4 --warmup_steps 5 --schedule linear --kl_coef 0.01
     --max_plan_tokens 48 --max_completion_tokens 128 --tokens_per_micro_batch 4000
     --eval_every 40 --show_every 40 --save_every 0)
 stage grpo    python grpo.py "${rl[@]}" --out "$RUN/grpo" --plans 12 --cots 1 --beta 0

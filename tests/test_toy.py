@@ -74,7 +74,7 @@ def test_difficulty_is_the_number_of_facts():
 
 def test_a_seed_gives_the_same_bytes_everywhere():
     text = json.dumps(make_problems("train", 50, seed=3, terse=0.5))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "84a895e68c82a9b2"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "10fa8e34175c98d4"
 
 
 def test_tokenizer_is_word_level_and_survives_a_qwen2_folder(tmp_path):
@@ -84,7 +84,7 @@ def test_tokenizer_is_word_level_and_survives_a_qwen2_folder(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     loaded.save_pretrained(tmp_path)  # as every stage does
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = "<plan>\nK needs A\n</plan>\n<think>\nA = 4\n</think>\n<answer>\n\\boxed{4}\n</answer>"
+    text = "<plan>\nC needs A\n</plan>\n<think>\nA = 4\n</think>\n<answer>\n\\boxed{4}\n</answer>"
     ids = loaded.encode(text)
     assert loaded.unk_token_id not in ids and len(ids) == 13
     assert loaded.decode(ids) == "<plan> C needs A </plan> <think> A = 4 </think> <answer> \\boxed{ 4 } </answer>"
