@@ -201,8 +201,11 @@ def main():
     parser.add_argument("--facts", type=int, nargs=2, default=(5, 6), metavar=("LOW", "HIGH"), help="facts a problem")
     parser.add_argument("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace what --out already holds")
     args = parser.parse_args()
     out, facts = Path(args.out), tuple(args.facts)
+    if (out / "sft.jsonl").exists() and not args.overwrite:
+        raise SystemExit(f"error: {out} already holds a toy data set: choose another --out or pass --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     problems = make_problems("train", args.sft + args.train, facts, args.seed, args.terse)
     files = {"sft": problems[:args.sft], "train": problems[args.sft:]}

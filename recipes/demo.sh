@@ -9,7 +9,7 @@ STEPS=${STEPS:-100}
 stage() { python recipes/demo_tools.py stage "$RUN" "$@"; }
 
 rm -f "$RUN/stages.jsonl"
-stage data    python -m data.toy --out "$RUN/data" --sft 12000 --terse 0.5 --test 600
+stage data    python -m data.toy --out "$RUN/data" --sft 12000 --terse 0.5 --test 600 --overwrite
 stage distill python distill.py --teacher rule --data "$RUN/data/sft.jsonl" --out "$RUN/plans.jsonl" --overwrite
 stage sft     python sft.py --model data/toy_base --data "$RUN/plans.jsonl" --out "$RUN/sft" --overwrite \
               --epochs 2 --lr 2e-3 --batch_size 64 --tokens_per_micro_batch 4000 --eval_every 50

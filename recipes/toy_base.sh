@@ -6,11 +6,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/toy_base}
 train() {  # name, start model, low and high number of facts, problems, seed, epochs, schedule
-    python -m data.toy --out "$RUN/$1" --facts "$3" "$4" --sft "$5" --seed "$6" --train 0 --test 1
+    python -m data.toy --out "$RUN/$1" --facts "$3" "$4" --sft "$5" --seed "$6" --train 0 --test 1 --overwrite
     python sft.py --model "$2" --data "$RUN/$1/sft.jsonl" --use_plan false --out "$RUN/$1/sft" --overwrite \
         --epochs "$7" --schedule "$8" --lr 3e-3 --warmup_steps 30 --batch_size 64 --tokens_per_micro_batch 4000
 }
-python -m data.toy --out "$RUN" --sft 1 --train 0 --test 1  # for its random model/
+python -m data.toy --out "$RUN" --sft 1 --train 0 --test 1 --overwrite  # for its random model/
 train short  "$RUN/model"            2 3 16000 1  1   constant
 train long   "$RUN/short/sft/model"  3 6 80000 1  0.7 cosine
 train longer "$RUN/long/sft/model"   3 6 90000 11 0.9 cosine

@@ -33,6 +33,7 @@ def run(tmp_path_factory):
     """Toy data and a tiny model through distillation and SFT."""
     folder = tmp_path_factory.mktemp("run")
     call("-m", "data.toy", "--out", folder, "--sft", 80, "--train", 80, "--test", 40, "--facts", 2, 3)
+    assert "pass --overwrite" in call("-m", "data.toy", "--out", folder, ok=False)
     call("distill.py", "--teacher", "rule", "--data", folder / "sft.jsonl", "--out", folder / "plans.jsonl")
     call("sft.py", "--model", folder / "model", "--data", folder / "plans.jsonl", "--out", folder / "sft", "--epochs", 3,
          "--lr", 3e-3, "--batch_size", 12)
