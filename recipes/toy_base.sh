@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes data/toy_base, the tiny model that `make demo` starts from: random weights, then supervised training on toy
-# solutions without plans, from short problems to long ones (look-ups form on short ones first). About 10 minutes on
+# solutions without plans, from short problems to long ones (look-ups form on short ones first). About 12 minutes on
 # two cores. The same script as for any model does it: sft.py --use_plan false.
 set -euo pipefail
 cd "$(dirname "$0")/.."
