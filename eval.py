@@ -32,6 +32,8 @@ from model_utils import (append_jsonl, check_context, fail, find_stop_ids, gathe
                          load_model, load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import TAG, extract_answer, grade, grader_stats, parse_completion
 
+SAVE_EVERY = 1024  # completions of a rank between two writes of its records: what an interruption loses at most
+
 
 @dataclass
 class Config:
@@ -48,7 +50,7 @@ class Config:
     thinking: bool = True  # Qwen3: false renders its non-thinking prompt
     compare: tuple = ()  # two records.jsonl of earlier evaluations: print the second minus the first, and end
     analysis: str = ""  # hsic: dependence of predicted and true answers on the plan reward, over the rollouts in --data
-    rollout_rows: int = 192  # sequences a rank decodes at once
+    rollout_rows: int = 0  # most sequences a rank decodes at once; 0: as many as fit in memory
     limit: int = 0  # use a random subset of each benchmark of this size; 0: all
     seed: int = 0  # of sampling, the subset, shuffled plans and the bootstrap
     overwrite: bool = False  # replace the results in --out
@@ -478,8 +480,7 @@ def main():
     if todo:
         # Every rank holds the whole model and answers its share of the problems.
         model = load_model(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    # Records are written every few waves of rows: what an interruption loses is at most one such chunk.
-    chunk = max(1, 4 * config.rollout_rows // config.n) * world_size()
+    chunk = max(1, (4 * config.rollout_rows or SAVE_EVERY) // config.n) * world_size()
     with tqdm(total=len(problems), initial=len(done), desc="eval", unit="problem", disable=None if rank() == 0 else True) as bar:
         for start in range(0, len(todo), chunk):
             part = todo[start:start + chunk]

@@ -72,7 +72,7 @@ class Config:
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted
     max_plan_tokens: int = 512  # a plan not closed by then gets no CoT; 0: no plan phase (needs --cots 1)
     max_completion_tokens: int = 3584  # plan and CoT together (3.5K)
-    rollout_rows: int = 192  # sequences a rank decodes at once, memory permitting; more wait their turn
+    rollout_rows: int = 0  # most sequences a rank decodes at once, the others wait their turn; 0: as many as fit in memory
     # the optimiser
     lr: float = 1e-6  # peak learning rate
     warmup_steps: int = 0  # linear warm-up
@@ -212,8 +212,8 @@ def replay_step(model, cache: KVCache, ids: torch.Tensor, positions: torch.Tenso
 
 @without_autograd
 def decode(model, prompts: list[list[int]], rows: list[Row], *, temperature: float, top_p: float, stop_ids: list[int],
-           seed: int, max_rows: int, plan_closed: Callable = None, max_plan_tokens: int = 0):
-    """Decode `rows` to their ends, at most `max_rows` at a time, filling in their fields.
+           seed: int, max_rows: int = 0, plan_closed: Callable = None, max_plan_tokens: int = 0):
+    """Decode `rows` to their ends, at most `max_rows` at a time (0: as many as fit in memory), filling in their fields.
 
     A row whose plan closes (`plan_closed(ids)`) becomes its z branches: they keep the plan's token ids and a copy of
     its keys and values, so that no plan is decoded, encoded or prefilled twice.
@@ -221,8 +221,10 @@ def decode(model, prompts: list[list[int]], rows: list[Row], *, temperature: flo
     generator = torch.Generator(model.device).manual_seed(seed)  # sampling has an RNG of its own
     longest = max(len(prompts[row.prompt]) + max(row.limits) for row in rows)
     branches = max(len(row.limits) for row in rows)
-    cache = reserve_cache(model, min(max(max_rows, branches), sum(len(row.limits) for row in rows)), longest, branches)
-    slots = min(cache.slots, max(max_rows, branches))
+    most = sum(len(row.limits) for row in rows)
+    most = min(most, max(max_rows or most, branches))
+    cache = reserve_cache(model, most, longest, branches)
+    slots = min(cache.slots, most)
     stop, waiting = set(stop_ids), list(reversed(rows))
     active: list[Row] = []  # active[i] lives in slot i of the cache
     while waiting or active:
@@ -271,7 +273,7 @@ def decode(model, prompts: list[list[int]], rows: list[Row], *, temperature: flo
 
 
 def sample(model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int | list[int], temperature: float = 1.0,
-           top_p: float = 1.0, stop_ids: list[int], seed: int = 0, max_rows: int = 192) -> tuple[list, list]:
+           top_p: float = 1.0, stop_ids: list[int], seed: int = 0, max_rows: int = 0) -> tuple[list, list]:
     """Sample `n` completions of every prompt.
 
     `prompts`: token ids; `max_new_tokens`: one limit, or one a completion (prompt-major); temperature 0 is greedy.
@@ -304,7 +306,7 @@ def plan_end(tokenizer) -> Callable[[list[int]], bool]:
 
 def sample_tree(model, prompts: list[list[int]], *, plans: int, cots: int, max_new_tokens: int | list[int], max_plan_tokens: int,
                 plan_closed: Callable, temperature: float, stop_ids: list[int], seed: int,
-                max_rows: int = 192) -> list[list[Row]]:
+                max_rows: int = 0) -> list[list[Row]]:
     """m plans a prompt and z CoTs a plan: N lists of G = m z finished rows, plan-major.
 
     A plan that never closes stands z times in its group as it is: a malformed completion without a CoT.
@@ -484,7 +486,7 @@ def completion_texts(tokenizer, completions: list[list[int]], stop_ids: list[int
 
 
 def evaluate(model, tokenizer, problems: list[dict], *, n: int, temperature: float, top_p: float, max_new_tokens: int,
-             seed: int, max_rows: int = 192) -> list[dict]:
+             seed: int, max_rows: int = 0) -> list[dict]:
     """Sample n completions a problem and grade them: eval records (problem fields and `samples`), in order, on rank 0.
 
     Each rank answers every W-th problem. A collective: call it on every rank.
@@ -697,7 +699,7 @@ def main():
             "completions in the whole run": completions * config.steps,
             "passes over --limit problems": f"{config.steps * config.questions / config.limit:.2f}" if config.limit else "unknown"},
             micro_tokens=max(config.tokens_per_micro_batch, longest), reference=config.kl_coef > 0,
-            rows=min(config.rollout_rows, share), row_tokens=longest)
+            rows=min(config.rollout_rows or share, share), row_tokens=longest)
     tokenizer = load_tokenizer(config.model)
     problems = load_questions(config.data, tokenizer, config.max_prompt_tokens, config.limit, config.seed)
     if config.eval_data:

@@ -583,7 +583,9 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = torch.bfloat16.itemsize if model.device.type == "cuda" else model.dtype.itemsize  # what it computes in
     row_bytes, free = 2 * config.num_hidden_layers * heads * head_dim * length * width, free_memory(model.device)
-    slots = min(rows, int(free * (0.8 if model.device.type == "cuda" else 0.5)) // row_bytes)
+    # Sampling makes of a row's logits, in fp32: their softmax, noise, and the sorted copies of top-p.
+    sampling = 12 * 4 * config.vocab_size
+    slots = min(rows, int(free * (0.8 if model.device.type == "cuda" else 0.5)) // (row_bytes + sampling))
     if slots < at_least:
         fail(f"{at_least} sequences of {length} tokens need a KV cache of {at_least * row_bytes / 1e9:.1f} GB, too much for "
              f"{free / 1e9:.1f} GB of free memory; lower --max_completion_tokens")

@@ -80,9 +80,11 @@ def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, sound
 
 
 def test_the_cache_is_kept_and_bounded_by_free_memory(monkeypatch, capsys):
-    """A row of 64 places takes 2 (keys, values) x 2 layers x 2 heads x 8 x 64 x 4 bytes = 16 KiB."""
+    """A row of 64 places takes 2 (keys, values) x 2 layers x 2 heads x 8 x 64 x 4 bytes = 16 KiB, and 12 x 4 bytes for
+    each of 97 logits; half of the free memory is taken."""
+    row = 16384 + 12 * 4 * 97
     model = make_tiny("qwen2")
-    monkeypatch.setattr(model_utils, "free_memory", lambda device: 2 * 5 * 16384)
+    monkeypatch.setattr(model_utils, "free_memory", lambda device: 2 * 5 * row)
     draw = lambda **options: sample(model, PROMPTS, n=3, max_new_tokens=20, temperature=0.0, stop_ids=[1], **options)[0]
     bounded = draw()
     assert model.kv_cache.slots == 5 and "5 rows x 64 tokens" in capsys.readouterr().out
@@ -91,7 +93,7 @@ def test_the_cache_is_kept_and_bounded_by_free_memory(monkeypatch, capsys):
     monkeypatch.setattr(model_utils, "free_memory", lambda device: 10**9)
     model.kv_cache = None
     assert draw() == bounded and model.kv_cache.slots == 12
-    monkeypatch.setattr(model_utils, "free_memory", lambda device: 2 * 2 * 16384)
+    monkeypatch.setattr(model_utils, "free_memory", lambda device: 2 * 2 * row)
     model.kv_cache = None
     with pytest.raises(SystemExit, match="3 sequences of 64 tokens need .* lower --max_completion_tokens"):
         sample_tree(model, PROMPTS, plans=2, cots=3, max_new_tokens=20, max_plan_tokens=9, plan_closed=lambda ids: False,
