@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from attention import KVCache, Packed, pack, pad_batch
 from checkpoint import Checkpoints, StopSignal, check_skipped, guarded, resume, stop_run
 from data.sources import load_records, parse_name
-from model_utils import (KVCache, Packed, all_sum, append_jsonl, check_common, check_context, dry_run, encode_prompt,
-                         fail, find_stop_ids, gather0, gather_all, init_distributed, load_config, load_sharded,
-                         load_tokenizer, lr_at, make_optimizer, micro_batches, open_logger, open_run, optimizer_step,
-                         pack, pad_batch, parse_config, print0, progress, rank, reserve_cache, unsharded,
-                         without_autograd, world_size)
+from model_utils import (all_sum, append_jsonl, check_common, check_context, dry_run, encode_prompt, fail, find_stop_ids,
+                         gather0, gather_all, init_distributed, load_config, load_sharded, load_tokenizer, lr_at,
+                         make_optimizer, micro_batches, open_logger, open_run, optimizer_step, parse_config, print0,
+                         progress, rank, reserve_cache, unsharded, without_autograd, world_size)
 from rewards import (check_golds, extract_answer, grade, grader_stats, overlong_penalty, parse_completion, plan_leaks,
                      total_reward)
 

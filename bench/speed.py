@@ -26,8 +26,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 import grpo
+from attention import pack
 from data.toy import make_problems
-from model_utils import encode_prompt, load_tokenizer, make_optimizer, pack, shard_model
+from model_utils import encode_prompt, load_tokenizer, make_optimizer, shard_model
 from rewards import extract_answer, grade
 
 QUESTIONS, GROUP = 16, 12

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import checkpoint
 import grpo
+from attention import pack
 from bench.faults import metrics, same
 from checkpoint import STOPPED, Checkpoints, StopSignal, damage, guarded, plan_files, resume, step_folders
 from conftest import make_tiny
 from data.toy import make_model, make_problems, make_tokenizer
-from model_utils import append_jsonl, changed_settings, make_optimizer, open_run, optimizer_step, pack, shard_model
+from model_utils import append_jsonl, changed_settings, make_optimizer, open_run, optimizer_step, shard_model
 
 
 @dataclasses.dataclass

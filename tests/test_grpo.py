@@ -388,7 +388,7 @@ def test_the_stop_token_is_in_the_loss_and_nothing_after_it():
         prompt, ids = prompts[rows[i].prompt], rows[i].ids
         columns = micro.packed.mask[line].nonzero().flatten()
         assert columns.tolist() == list(range(len(prompt) - 1, len(prompt) + len(ids) - 1))
-        assert micro.packed.ids[micro.packed.slots[line, columns + 1]].tolist() == ids
+        assert micro.packed.ids[micro.packed.targets[micro.packed.columns[line, columns]]].tolist() == ids
         assert (micro.sampler_logprobs[line] != 0).nonzero().flatten().tolist() == columns.tolist()
 
 
