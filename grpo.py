@@ -27,7 +27,8 @@ import torch
 from attention import KVCache, Packed, pack, pad_batch
 from checkpoint import Checkpoints, StopSignal, check_skipped, guarded, resume, stop_run
 from data.sources import load_records, parse_name
-from model_utils import (all_sum, append_jsonl, check_common, check_context, dry_run, encode_prompt, fail, find_stop_ids,
+from memory import dry_run
+from model_utils import (all_sum, append_jsonl, check_common, check_context, encode_prompt, fail, find_stop_ids,
                          gather0, gather_all, init_distributed, load_config, load_sharded, load_tokenizer, lr_at,
                          make_optimizer, micro_batches, open_logger, open_run, optimizer_step, parse_config, print0,
                          progress, rank, reserve_cache, unsharded, without_autograd, world_size)
@@ -332,7 +333,7 @@ def group_advantages(rewards: torch.Tensor, std_norm: bool = True) -> torch.Tens
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if std_norm:
-        centred = centred / rewards.std(dim=1, correction=0, keepdim=True).clamp_min(1e-6)
+        centred = centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6)
     # Equal rewards must give exactly 0. Rounding leaves them a std of about 1e-8, not 0: test the range instead.
     equal = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) < 1e-6
     return centred.masked_fill(equal, 0.0)
@@ -586,7 +587,7 @@ def rollout_metrics(groups: list[Group], rewards: dict[str, torch.Tensor], devic
         term = rewards[name].flatten(1)
         label = "length_reward" if name == "length" else name
         means[label] = (term.sum(), term.numel())
-        means[f"{label}_spread"] = (term.std(1, correction=0).sum(), len(term))
+        means[f"{label}_spread"] = (term.std(1, correction=0).sum() if len(term) else 0, len(term))
     sums = all_sum(torch.tensor([[float(a), float(b)] for a, b in means.values()], device=device))
     return {name: total / max(count, 1) for name, (total, count) in zip(means, sums.tolist())}
 
@@ -699,7 +700,8 @@ def main():
             "completions in the whole run": completions * config.steps,
             "passes over --limit problems": f"{config.steps * config.questions / config.limit:.2f}" if config.limit else "unknown"},
             micro_tokens=max(config.tokens_per_micro_batch, longest), reference=config.kl_coef > 0,
-            rows=min(config.rollout_rows or share, share), row_tokens=longest)
+            rows=min(config.rollout_rows or share, share), prompt_tokens=config.max_prompt_tokens,
+            completion_tokens=config.max_completion_tokens)
     tokenizer = load_tokenizer(config.model)
     problems = load_questions(config.data, tokenizer, config.max_prompt_tokens, config.limit, config.seed)
     if config.eval_data:

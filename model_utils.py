@@ -469,6 +469,17 @@ def free_memory(device: torch.device) -> int:
         return 2**62
 
 
+SAMPLING_BYTES = 48  # of a logit while its row's token is drawn: softmax, noise and top-p's sorted copies, in fp32
+
+
+def cache_bytes(model_config, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    config = model_config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+
+
 def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     """The model's KV cache for `rows` sequences of `length` tokens, kept from call to call (while sharded: of a rollout).
 
@@ -479,14 +490,11 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     if cache is not None and cache.length >= length and (cache.slots >= rows or cache.full):
         return cache
     model.kv_cache = cache = None  # free the old one first
-    config, length = model.config.get_text_config(), -(-length // 64) * 64  # prompts a little longer still fit
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = torch.bfloat16.itemsize if model.device.type == "cuda" else model.dtype.itemsize  # what it computes in
-    row_bytes, free = 2 * config.num_hidden_layers * heads * head_dim * length * width, free_memory(model.device)
-    # Sampling makes of a row's logits, in fp32: their softmax, noise, and the sorted copies of top-p.
-    sampling = 12 * 4 * config.vocab_size
-    slots = min(rows, int(free * (0.8 if model.device.type == "cuda" else 0.5)) // (row_bytes + sampling))
+    length = -(-length // 64) * 64  # prompts a little longer still fit
+    cuda, free = model.device.type == "cuda", free_memory(model.device)
+    row_bytes = length * cache_bytes(model.config, torch.bfloat16 if cuda else model.dtype)  # what it computes in
+    sampling = SAMPLING_BYTES * model.config.get_text_config().vocab_size
+    slots = min(rows, int(free * (0.8 if cuda else 0.5)) // (row_bytes + sampling))
     if slots < at_least:
         fail(f"{at_least} sequences of {length} tokens need a KV cache of {at_least * row_bytes / 1e9:.1f} GB, too much for "
              f"{free / 1e9:.1f} GB of free memory; lower --max_completion_tokens")
@@ -593,50 +601,6 @@ def optimizer_step(model, optimizer, lr: float, max_grad_norm: float) -> float:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Dry run: what a run would be, without loading weights
-
-def estimate_memory(model_config, ranks: int, *, micro_tokens: int, reference: bool = False, rows: int = 0, row_tokens: int = 0,
-                    checkpointing: bool = False) -> dict[str, float]:
-    """GiB a GPU by part, from shapes alone (meta device): an estimate. bf16 compute, fp32 master weights, FSDP over `ranks`.
-
-    `rows` sequences of `row_tokens` are decoded at once (0: no rollout); `micro_tokens` tokens in one backward pass.
-    """
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    parameters = sum(p.numel() for p in model.parameters())
-    text = model_config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # A layer keeps about these numbers a token for its backward pass: two norms, q k v, attention's output, three of the MLP.
-    kept = text.hidden_size if checkpointing else 6 * text.hidden_size + 2 * heads * head_dim + 3 * text.intermediate_size
-    parts = {
-        "weights": 4 * parameters / ranks, "gradients": 4 * parameters / ranks, "optimizer": 8 * parameters / ranks,
-        "reference": 4 * parameters / ranks * reference, "gathered bf16 weights": 2 * parameters * (rows > 0),
-        "KV cache": 2 * 2 * rows * row_tokens * text.num_hidden_layers * heads * head_dim,
-        "activations": 2 * micro_tokens * text.num_hidden_layers * kept,
-        "logits of a chunk": 4 * 4 * CHUNK_LOGITS}
-    return {name: size / 2**30 for name, size in parts.items()}
-
-
-def dry_run(config, model_config, facts: dict[str, object], **memory):
-    """Print settings, `facts` (name -> value) and the memory a GPU needs, at WORLD_SIZE ranks. `memory`: for estimate_memory."""
-    for field in dataclasses.fields(config):
-        print0(f"--{field.name} {getattr(config, field.name)!r}")
-    print0()
-    for name, value in facts.items():
-        print0(f"{name:36}{value:,}" if isinstance(value, int) else f"{name:36}{value}")
-    # ---- MEMORY: the one place to put a better figure (bench/memory_plan.py) -----------------------------------
-    parts = estimate_memory(model_config, world_size(), checkpointing=getattr(config, "activation_checkpointing", False), **memory)
-    # Rollout and update take turns: the cache and the gathered weights are gone when activations are there.
-    rollout = parts["gathered bf16 weights"] + parts["KV cache"]
-    peak = sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference")) + max(
-        rollout, parts["activations"] + parts["logits of a chunk"])
-    print0(f"{'memory a GPU (estimate)':36}{peak:.1f} GiB: " + ", ".join(f"{name} {size:.1f}" for name, size in parts.items() if size))
-    print0("dry run: nothing was loaded or written")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from attention import pack
 from checkpoint import Checkpoints, StopSignal, check_skipped, guarded, resume, stop_run
 from data.sources import load_records
-from model_utils import (all_sum, append_jsonl, check_common, dry_run, encode_prompt, fail, init_distributed, load_config,
+from memory import dry_run
+from model_utils import (all_sum, append_jsonl, check_common, encode_prompt, fail, init_distributed, load_config,
                          load_sharded, load_tokenizer, lr_at, make_optimizer, micro_batches, open_logger, open_run,
                          optimizer_step, parse_config, print0, progress, rank, world_size)
 from rewards import build_completion

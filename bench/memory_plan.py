@@ -1,16 +1,10 @@
-"""Bytes a GPU for one step of grpo.py, from a model's config alone: will it fit, and how many rows may a rollout have?
+"""memory.py's plan for a GPU of a given size: will a step fit, and how many rows may a rollout have?
 
     python -m bench.memory_plan --model recipes/shapes/qwen2.5_7b --gpus 8 --gib 80
     python -m bench.memory_plan --table        the table of recipes/memory.md
     python -m bench.memory_plan --measure      the plan against measured updates of tiny models
-
-The model is made on the meta device, so nothing is downloaded or allocated. Activations are what autograd saves for
-one and for two blocks, counted there; an attention kernel is taken to save its inputs, output and one float a row.
-Not counted: the CUDA context (about 0.5 GiB), communication buffers and fragmentation; keep a tenth free.
 """
 import argparse
-import copy
-import json
 import sys
 import weakref
 from pathlib import Path
@@ -20,107 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from model_utils import CHUNK_LOGITS  # noqa: E402
+from memory import GIB, plan  # noqa: E402
+from model_utils import load_config  # noqa: E402
 
 PAPER = {"llama3.2_3b": 3584, "qwen2.5_7b": 3584, "qwen3_8b": 4608, "qwen3_14b": 4608}  # most completion tokens; 3.5K and 4.5K
-
-
-def load_config(path: str):
-    """A config from a JSON file, a folder or a hub id."""
-    from transformers import AutoConfig
-    if path.endswith(".json"):
-        fields = json.loads(Path(path).read_text())
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
-    return AutoConfig.from_pretrained(path)
-
-
-class Attention(torch.autograd.Function):
-    """What a fused attention kernel keeps for its backward pass."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        batch, heads, tokens, dim = query.shape
-        out = query.new_empty(batch, tokens, heads, dim).transpose(1, 2)  # kernels lay it out so
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise NotImplementedError
-
-
-def attend(module, query, key, value, mask, **kwargs):
-    return Attention.apply(query, key, value).transpose(1, 2), None
-
-
-def saved_bytes(config, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of one forward pass of the decoder over a row of `tokens` tokens."""
-    from transformers import AttentionInterface, AutoModelForCausalLM
-    AttentionInterface.register("counted", attend)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="counted").eval()
-        ids = torch.zeros(1, tokens, dtype=torch.long)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    found: dict[int, torch.UntypedStorage] = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            found[storage._cdata] = storage  # holding it keeps its address from being used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    return sum(storage.nbytes() for storage in found.values())
-
-
-def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens: int, micro_tokens: int,
-         dtype: torch.dtype = torch.bfloat16, reference: bool = True, checkpointing: bool = False,
-         cpu_offload: bool = False) -> dict[str, float]:
-    """Bytes a GPU: the parts, and the totals `rollout`, `update` and `peak`. Shapes as grpo.py's flags."""
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    count = sum(p.numel() for p in model.parameters())
-    blocks = model.get_decoder().layers
-    block = sum(p.numel() for p in blocks[0].parameters())
-    root = count - sum(p.numel() for b in blocks for p in b.parameters())
-    small = copy.deepcopy(config)
-    saved = []
-    for layers in (1, 2):
-        small.num_hidden_layers = layers
-        if getattr(small, "layer_types", None):
-            small.layer_types = config.layer_types[:layers]
-        saved.append(saved_bytes(small, micro_tokens, dtype))
-    per_block, rest = saved[1] - saved[0], 2 * saved[0] - saved[1]
-    vocabulary, hidden, itemsize = config.vocab_size, config.hidden_size, dtype.itemsize
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    per_token = 2 * len(blocks) * config.num_key_value_heads * head_dim * itemsize
-    sharded = 0 if cpu_offload else 1
-    parts = {
-        "weights": sharded * 4 * count / ranks,
-        "gradients": sharded * 4 * count / ranks,
-        "optimiser": sharded * 8 * count / ranks,
-        "reference": sharded * 4 * count / ranks if reference else 0,
-        # fp32 on one CPU rank: the weights themselves
-        "gathered for rollout": itemsize * count if dtype != torch.float32 or ranks > 1 else 0,
-        "KV cache": rows * (prompt_tokens + completion_tokens) * per_token,
-        # fp32 logits, logprobs, probabilities and the random numbers of the race, of all rows
-        "sampling": 4 * 4 * rows * vocabulary,
-        "activations": rest + (len(blocks) * micro_tokens * hidden * itemsize + per_block if checkpointing else len(blocks) * per_block),
-        # Of a chunk, made again in the backward pass: logits, log-softmax and two temporaries in fp32, and, where that is
-        # another dtype, the logits as they came.
-        "logprobs": min(max(1, CHUNK_LOGITS // vocabulary), micro_tokens) * vocabulary * (4 * 4 + (itemsize if dtype != torch.float32 else 0)),
-        # What is gathered at once: the root's group and two blocks, and gradients of one before they are reduced.
-        "gathered for update": (itemsize * (root + 2 * block) + (itemsize + 4) * max(root, block)) if ranks > 1 else 0,
-    }
-    standing = parts["weights"] + parts["optimiser"] + parts["reference"]
-    parts["rollout"] = standing + parts["gathered for rollout"] + parts["KV cache"] + parts["sampling"]
-    parts["update"] = standing + parts["gradients"] + parts["activations"] + parts["logprobs"] + parts["gathered for update"]
-    parts["peak"] = max(parts["rollout"], parts["update"])
-    parts["row"] = (prompt_tokens + completion_tokens) * per_token + 16 * vocabulary
-    parts["parameters"] = count
-    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,8 +100,6 @@ def compare(config, micro_tokens: int = 2048, checkpointing: bool = False) -> tu
 # ---------------------------------------------------------------------------------------------------------------
 # Output
 
-GIB = 1 << 30
-
 
 def table(gpus: int, gib: float) -> str:
     """recipes/memory.md's table."""
@@ -225,7 +120,7 @@ def table(gpus: int, gib: float) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="config.json, Hugging Face folder or hub id")
+    parser.add_argument("--model", help="Hugging Face folder or hub id; its config.json is enough")
     parser.add_argument("--gpus", type=int, default=8, help="ranks that the weights are cut over [8]")
     parser.add_argument("--gib", type=float, default=80, help="memory of a GPU in GiB [80]")
     parser.add_argument("--rollout_rows", type=int, default=192)

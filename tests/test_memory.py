@@ -1,7 +1,10 @@
-"""bench/memory_plan.py: parameter counts against the published ones, hand-worked parts, planned against measured bytes."""
+"""memory.py: parameter counts against the published ones, hand-worked parts, planned against measured bytes."""
 import pytest
 
-from bench.memory_plan import ROOT, compare, load_config, plan, tiny_configs
+from bench.memory_plan import compare, tiny_configs
+from conftest import ROOT
+from memory import plan
+from model_utils import load_config
 
 SETTINGS = dict(ranks=8, rows=192, prompt_tokens=1024, completion_tokens=3584, micro_tokens=1024)
 
