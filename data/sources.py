@@ -149,33 +149,56 @@ class Source(NamedTuple):
     hub: str  # id on the hub
     config: str | None
     split: str  # default split
-    revision: str | None  # commit that is loaded; None: the newest, whose commit is printed
+    revision: str  # commit that is loaded
     convert: Callable[[dict], dict | str]
     columns: tuple[str, ...]  # the others are not read
     benchmark: bool = False  # evaluation sets keep every problem, training sets lose duplicates
 
 
-# Columns as the cards describe them. A revision is given where independent public code pins the same commit.
+# Columns as the cards describe them; each revision is one that several independent public projects pin.
 SOURCES = {
-    "openthoughts": Source("open-thoughts/OpenThoughts-114k", "metadata", "train", None, openthoughts, (
-        "problem", "deepseek_reasoning", "deepseek_solution", "ground_truth_solution", "domain", "conversations")),
-    "openthoughts3": Source("open-thoughts/OpenThoughts3-1.2M", None, "train", None, openthoughts, ("domain", "conversations")),
-    "deepmath": Source("zwhe99/DeepMath-103K", None, "train", "5cf055d1fe3d7a2eb19719ac020211469736ae44", deepmath, (
-        "question", "final_answer", "difficulty", "r1_solution_1")),
-    "dapo17k": Source("BytedTsinghua-SIA/DAPO-Math-17k", None, "train", None, dapo, ("prompt", "reward_model")),
-    "deepscaler": Source("agentica-org/DeepScaleR-Preview-Dataset", None, "train", None, plain(), ("problem", "answer", "solution")),
-    "gsm8k": Source("openai/gsm8k", "main", "train", "e53f048856ff4f594e959d75785d2c2d37b678ee", gsm8k, ("question", "answer")),
-    "math500": Source("HuggingFaceH4/MATH-500", None, "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", plain(),
-                      ("problem", "answer", "solution"), True),
-    "aime24": Source("HuggingFaceH4/aime_2024", None, "train", None, plain(), ("problem", "answer", "solution"), True),
-    "aime25": Source("math-ai/aime25", None, "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b", plain(), ("problem", "answer"), True),
-    "amc23": Source("math-ai/amc23", None, "test", None, plain("question"), ("question", "answer"), True),
-    "minerva": Source("math-ai/minervamath", None, "test", None, plain("question"), ("question", "answer"), True),
-    "olympiadbench": Source("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", None, olympiad, ("question", "final_answer"), True),
-    "gpqa_diamond": Source("Idavidrein/gpqa", "gpqa_diamond", "train", None, gpqa, (
-        "Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"), True),
-    "mmlu_pro": Source("TIGER-Lab/MMLU-Pro", None, "test", "b189ec765aa7ed75c8acfea42df31fdae71f97be", mmlu_pro,
-                       ("question", "options", "answer_index"), True),
+    "openthoughts": Source(
+        "open-thoughts/OpenThoughts-114k", "metadata", "train", "bd093c3994fd54d2390985b66988ddf282a55eb6",
+        openthoughts, ("problem", "deepseek_reasoning", "deepseek_solution", "ground_truth_solution", "domain", "conversations")),
+    "openthoughts3": Source(
+        "open-thoughts/OpenThoughts3-1.2M", None, "train", "61bcf9d4eb38b30295efc2021227a63cc5bb34c8",
+        openthoughts, ("domain", "conversations")),
+    "deepmath": Source(
+        "zwhe99/DeepMath-103K", None, "train", "5cf055d1fe3d7a2eb19719ac020211469736ae44",
+        deepmath, ("question", "final_answer", "difficulty", "r1_solution_1")),
+    "dapo17k": Source(
+        "BytedTsinghua-SIA/DAPO-Math-17k", None, "train", "65877096c24ffa7abc4e4fa5edb95cf3413a5674",
+        dapo, ("prompt", "reward_model")),
+    "deepscaler": Source(
+        "agentica-org/DeepScaleR-Preview-Dataset", None, "train", "b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",
+        plain(), ("problem", "answer", "solution")),
+    "gsm8k": Source(
+        "openai/gsm8k", "main", "train", "e53f048856ff4f594e959d75785d2c2d37b678ee",
+        gsm8k, ("question", "answer")),
+    "math500": Source(
+        "HuggingFaceH4/MATH-500", None, "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+        plain(), ("problem", "answer", "solution"), True),
+    "aime24": Source(
+        "HuggingFaceH4/aime_2024", None, "train", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+        plain(), ("problem", "answer", "solution"), True),
+    "aime25": Source(
+        "math-ai/aime25", None, "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b",
+        plain(), ("problem", "answer"), True),
+    "amc23": Source(
+        "math-ai/amc23", None, "test", "80815d37005feb82cd7f8fbc6901d5d3eff43057",
+        plain("question"), ("question", "answer"), True),
+    "minerva": Source(
+        "math-ai/minervamath", None, "test", "ee46ddc498933b1977577953250ca5c66be64f96",
+        plain("question"), ("question", "answer"), True),
+    "olympiadbench": Source(
+        "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "91184b52131e7fc9455fef848035173aea8cc01a",
+        olympiad, ("question", "final_answer"), True),
+    "gpqa_diamond": Source(
+        "Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
+        gpqa, ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"), True),
+    "mmlu_pro": Source(
+        "TIGER-Lab/MMLU-Pro", None, "test", "b189ec765aa7ed75c8acfea42df31fdae71f97be",
+        mmlu_pro, ("question", "options", "answer_index"), True),
 }
 SHORT = {source.hub: short for short, source in SOURCES.items()}  # hub ids are taken as names too
 
@@ -214,10 +237,6 @@ def open_rows(name: Name) -> Iterator[dict]:
             table = load_dataset(str(folder), data_dir=inside, split=name.split, streaming=True)
         else:  # through the cache: memory-mapped, and there the next time even without network
             table = load_dataset(source.hub, source.config, split=name.split, revision=source.revision)
-            if source.revision is None:
-                urls = list(table.info.download_checksums or {})  # hf://datasets/<id>@<commit>/<file>
-                commit = re.search(r"@([0-9a-f]{40})/", " ".join(urls))
-                tell(f"{name.source}: {source.hub} at {commit[1] if commit else 'its newest revision'}")
         if present := table.column_names:  # JSONL may show its columns with its rows only
             if not (wanted := [column for column in source.columns if column in present]):
                 raise ValueError(f"its columns are {', '.join(present)}")

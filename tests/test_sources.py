@@ -1,5 +1,6 @@
 """Problem records: from JSONL, toy, and data sets in small files of the hub's schema, loaded through `datasets`."""
 import json
+import re
 import sys
 import tracemalloc
 import types
@@ -199,7 +200,7 @@ def test_every_name_of_the_documentation_is_covered():
     assert parse_name("openai/gsm8k:test") == parse_name("gsm8k:test") == ("gsm8k", "test", "")
     assert parse_name("gsm8k:test=some/folder") == ("gsm8k", "test", "some/folder") and parse_name("gsm9k") is None
     for source in SOURCES.values():
-        assert source.revision is None or len(source.revision) == 40
+        assert re.fullmatch("[0-9a-f]{40}", source.revision)
 
 
 def test_columns_of_another_revision_are_refused_in_one_sentence(tmp_path):
