@@ -135,6 +135,20 @@ class Checkpoints:
         self.thread = threading.Thread(target=self._write, args=(mine, config, small), daemon=True)
         self.thread.start()
 
+    def after_step(self, state: dict, last: bool, stop: "StopSignal"):
+        """What follows every step: end a run that only skips; save when it is time; save and end on a stop signal.
+
+        `state` holds at least `step`, the number of steps done, and `skipped`, those of them at the end in a row.
+        """
+        check_skipped(state["skipped"], self.settings["max_skipped"], self)
+        if last:
+            return
+        every = self.settings["save_every"]
+        if every and state["step"] % every == 0:
+            self.save(f"step_{state['step']}", state)
+        if number := stop.agreed(self.model.device):
+            stop_run(self, state, number)
+
     def _write(self, mine: dict, config, small: dict):
         """In the thread: this rank's files, flushed; no collective here."""
         from safetensors.torch import save_file

@@ -27,10 +27,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data.sources import load_jsonl
-from grpo import GRADER_COUNTS, accuracy, completion_texts, load_questions, sample
+from grpo import accuracy, completion_texts, load_questions, sample
 from model_utils import (append_jsonl, check_context, fail, find_stop_ids, gather0, init_distributed, load_config,
                          load_model, load_tokenizer, parse_config, print0, rank, world_size)
-from rewards import TAG, extract_answer, grade, grader_stats, parse_completion
+from rewards import GRADER_COUNTS, TAG, extract_answer, grade, grader_stats, parse_completion
 
 SAVE_EVERY = 1024  # completions of a rank between two writes of its records: what an interruption loses at most
 

@@ -273,6 +273,10 @@ def check_golds(golds: list[str]) -> list[str | None]:
     return reasons
 
 
+# Of grader_stats: what was judged, and what was called wrong without a verdict.
+GRADER_COUNTS = ("graded", "judged", "refused", "bad_golds", "unparsed", "errors", "timeouts", "worker_deaths", "over_budget")
+
+
 def grader_stats(reset: bool = False) -> dict[str, float]:
     """Counters since the last reset, for a step's metrics; reset=True reads them and starts again at zero.
 

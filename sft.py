@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from attention import pack
-from checkpoint import Checkpoints, StopSignal, check_skipped, guarded, resume, stop_run
+from checkpoint import Checkpoints, StopSignal, guarded, resume
 from data.sources import load_records
 from memory import dry_run
 from model_utils import (all_sum, append_jsonl, check_common, encode_prompt, fail, init_distributed, load_config,
@@ -156,11 +156,7 @@ def main():
         log(metrics)
         bar.update()
         state.update(step=step + 1, skipped=0 if math.isfinite(grad_norm) else state["skipped"] + 1)
-        check_skipped(state["skipped"], config.max_skipped, checkpoints)
-        if config.save_every and (step + 1) % config.save_every == 0 and not last:
-            checkpoints.save(f"step_{step + 1}", state)
-        if not last and (number := stop.agreed(device)):
-            stop_run(checkpoints, state, number)
+        checkpoints.after_step(state, last, stop)
     bar.close()
     checkpoints.save("model")
     checkpoints.poll(wait=True)

@@ -48,7 +48,7 @@ def write(folder: Path, name: str, records: int, cot: str) -> float:
     """Parquet shards (JSONL for DeepScaleR, as on the hub); one row in 50 repeats an earlier one. Returns megabytes."""
     import pyarrow
     import pyarrow.parquet
-    rng, part = random.Random(0), 10_000
+    part = 10_000
     inside = {"openthoughts": "metadata", "gsm8k": "main"}.get(name, "data")
     (folder / inside).mkdir()
     shards = -(-records // part)

@@ -381,7 +381,7 @@ def check_overhead(work: Path, flags: list[str], whole: Path):
     from checkpoint import Checkpoints, StopSignal, copy_to_cpu, optimizer_tensors, plan_files
     from grpo import Config
     from attention import pack
-    from model_utils import load_config, load_sharded, load_tokenizer, make_optimizer, model_tensors, optimizer_step
+    from model_utils import load_sharded, load_tokenizer, make_optimizer, model_tensors, optimizer_step
     torch.set_num_threads(1)
     device = torch.device("cpu")
     model = load_sharded(flags[1], device)

@@ -103,8 +103,8 @@ def compare(config, micro_tokens: int = 2048, checkpointing: bool = False) -> tu
 
 def table(gpus: int, gib: float) -> str:
     """recipes/memory.md's table."""
-    lines = [f"| model | parameters | weights, gradients, AdamW | reference | whole in bf16 | KV cache, 192 rows | activations and "
-             f"logprobs, 16,384 tokens | the same with `--activation_checkpointing` | rollout | update | `--rollout_rows` that fit |",
+    lines = ["| model | parameters | weights, gradients, AdamW | reference | whole in bf16 | KV cache, 192 rows | activations and "
+             "logprobs, 16,384 tokens | the same with `--activation_checkpointing` | rollout | update | `--rollout_rows` that fit |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
     for name, completion in PAPER.items():
         config = load_config(str(ROOT / f"recipes/shapes/{name}"))

@@ -12,6 +12,7 @@ from conftest import FAMILIES, make_tiny
 from grpo import (Config, Row, group_advantages, keep_top_p, kl_k3, make_micros, plan_end, policy_loss, sample,
                   sample_token, sample_tree, token_weights)
 from model_utils import make_optimizer, shard_model
+from rollout_log import rollout_metrics
 
 PROMPTS = [[5], [9, 33, 12, 8, 70], [3] * 17, [40, 41, 42, 43, 44, 45, 46, 47, 48]]
 
@@ -283,7 +284,7 @@ def test_a_rank_without_groups_gets_empty_rewards_and_metrics():
     rewards = grpo.group_rewards([], Config())
     assert rewards["total"].shape == (0, 4, 3)
     assert group_advantages(rewards["total"].flatten(1)).shape == (0, 12)
-    metrics = grpo.rollout_metrics([], rewards, torch.device("cpu"))
+    metrics = rollout_metrics([], rewards, torch.device("cpu"))
     assert metrics["accuracy"] == 0 and metrics["zero_variance"] == 0
 
 

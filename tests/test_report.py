@@ -17,6 +17,7 @@ import torch
 import eval as evaluation
 import grpo
 import report
+import rollout_log
 from data.toy import make_model, make_tokenizer
 from model_utils import LOGGERS, check_common, open_logger, print0, progress, shard_model
 
@@ -277,7 +278,7 @@ def test_rollout_records_carry_what_the_update_saw_of_each_token():
     with torch.no_grad():
         before = [model.token_logprobs(micro.packed)[1] for micro in micros]
     grpo.update(model, grpo.make_optimizer(model, 1e-3, 0.0), micros, config, 1e-3)
-    grpo.note_tokens(micros)
+    rollout_log.note_tokens(micros)
     for micro, entropy in zip(micros, before):
         for at, row in enumerate(micro.rows):
             mask = micro.packed.mask[at]
@@ -288,9 +289,9 @@ def test_rollout_records_carry_what_the_update_saw_of_each_token():
     texts = grpo.completion_texts(tokenizer, [row.ids for row in rows], [stop])
     group = grpo.Group({"id": "q", "problem": "A ?", "answer": "4"}, rows, texts, [True, False], [False, False])
     rewards = grpo.group_rewards([group], config)
-    plain = grpo.rollout_record(3, group, rewards, torch.tensor([[1.0, -1.0]]), 0)
+    plain = rollout_log.rollout_record(3, group, rewards, torch.tensor([[1.0, -1.0]]), 0)
     assert "per_token" not in plain["plans"][0]["completions"][0]
-    shaded = grpo.rollout_record(3, group, rewards, torch.tensor([[1.0, -1.0]]), 0, tokenizer)
+    shaded = rollout_log.rollout_record(3, group, rewards, torch.tensor([[1.0, -1.0]]), 0, tokenizer)
     for row, text, c in zip(rows, texts, shaded["plans"][0]["completions"]):
         at, pieces = 0, []
         for width in c["per_token"]["width"]:
@@ -311,7 +312,7 @@ class Letters:
 def test_token_widths_cover_text_where_characters_are_several_tokens():
     text = "café au\n\nlait"
     row = grpo.Row(0, 99, ids=list(text.encode()), logprobs=[0.0] * len(text.encode()))
-    widths = grpo.token_record(Letters(), row, text)["width"]
+    widths = rollout_log.token_record(Letters(), row, text)["width"]
     assert sum(widths) == len(text) and len(widths) == len(row.ids)
     assert widths[3:5] == [0, 0] and widths[5:7] == [0, 3]  # the two halves of é; the blank, then é, blank and a
 

@@ -3,7 +3,6 @@ import json
 import re
 import sys
 import tracemalloc
-import types
 from collections import Counter
 
 import pytest
