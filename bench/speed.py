@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Sto
 
 import grpo
 from attention import pack
+from bench.data import peak_mb
 from data.toy import make_problems
 from model_utils import encode_prompt, load_tokenizer, make_optimizer, shard_model
 from rewards import extract_answer, grade
@@ -257,8 +257,7 @@ def measure_memory(form: str):
                                   num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)
     model = shard_model(AutoModelForCausalLM.from_config(config).to(DEVICE))
     sequences = torch.randint(0, 151936, (8, 1025), generator=torch.Generator().manual_seed(0)).tolist()
-    peak = lambda: (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda"
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    peak = lambda: torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else peak_mb()
     before = peak()
     if form == "ours":
         logprobs, _ = model.token_logprobs(pack(sequences, [1] * 8, DEVICE, share=False))
