@@ -8,7 +8,8 @@ A checkpoint `step_N/` is a Hugging Face folder of fp32 weights with three thing
 
 Tensors are stored whole, in files of at most 4 GB, each written by one rank: the number of ranks may change between
 save and resume, and every rank then reads its own rows only. No random state is kept because there is none: the order
-of the data and the seed of each rank's sampler are functions of (seed, cursor, rank), and nothing else draws.
+of the data and the seed of each rank's sampler are functions of (seed, cursor, rank), and nothing else draws. (Samples
+depend on how many rows are decoded at once, too: where free memory decides that, --rollout_rows makes them repeatable.)
 With several nodes, --out must be a folder that all of them see.
 """
 import contextlib
@@ -400,7 +401,7 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     where = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "decode" in where:
-        remedy = "in a rollout: lower --rollout_rows or --max_completion_tokens"
+        remedy = "in a rollout: set --rollout_rows below the rows that the line 'KV cache' named, or lower --max_completion_tokens"
     elif where & {"update", "score", "sft_loss"}:
         remedy = "in a micro-batch: lower --tokens_per_micro_batch, or turn on --activation_checkpointing or --cpu_offload"
     else:

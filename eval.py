@@ -32,7 +32,7 @@ from model_utils import (append_jsonl, check_context, fail, find_stop_ids, gathe
                          load_model, load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import GRADER_COUNTS, TAG, extract_answer, grade, grader_stats, parse_completion
 
-SAVE_EVERY = 1024  # completions of a rank between two writes of its records: what an interruption loses at most
+SAVE_EVERY = 1024  # completions of a rank between two writes of its records, and so at most decoded at once
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
     thinking: bool = True  # Qwen3: false renders its non-thinking prompt
     compare: tuple = ()  # two records.jsonl of earlier evaluations: print the second minus the first, and end
     analysis: str = ""  # hsic: dependence of predicted and true answers on the plan reward, over the rollouts in --data
-    rollout_rows: int = 0  # most sequences a rank decodes at once; 0: as many as fit in memory
+    rollout_rows: int = 0  # most sequences a rank decodes at once; 0: as many as fit in memory, up to 1,024
     limit: int = 0  # use a random subset of each benchmark of this size; 0: all
     seed: int = 0  # of sampling, the subset, shuffled plans and the bootstrap
     overwrite: bool = False  # replace the results in --out
@@ -480,6 +480,7 @@ def main():
     if todo:
         # Every rank holds the whole model and answers its share of the problems.
         model = load_model(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    # Records are written chunk by chunk: what an interruption loses is at most one chunk.
     chunk = max(1, (4 * config.rollout_rows or SAVE_EVERY) // config.n) * world_size()
     with tqdm(total=len(problems), initial=len(done), desc="eval", unit="problem", disable=None if rank() == 0 else True) as bar:
         for start in range(0, len(todo), chunk):

@@ -192,24 +192,28 @@ def replay_step(model, cache: KVCache, ids: torch.Tensor, positions: torch.Tenso
     ids_in, positions_in = pad(ids, (0, rows - len(ids))), pad(positions, (0, rows - len(ids)))
     if (rows, length) not in cache.graphs:
         expected = forward_step(model, cache, ids_in, positions_in, length)  # also the warm-up that a capture needs
+        if cache.logits is None:
+            cache.logits = expected.new_empty(cache.slots, expected.shape[1])
         inputs, step = (ids_in.clone(), positions_in.clone()), graph()
         try:
-            with capture(step):
-                logits = forward_step(model, cache, *inputs, length)
+            # All graphs share a pool and write to the same logits: replayed one at a time, they need no more.
+            with capture(step, pool=cache.pool):
+                cache.logits[:rows] = forward_step(model, cache, *inputs, length)
+            cache.pool = cache.pool or step.pool()
             step.replay()
-            failure = None if torch.allclose(logits, expected, atol=1e-2, rtol=1e-2) else "its result differs"
+            failure = None if torch.allclose(cache.logits[:rows], expected, atol=1e-2, rtol=1e-2) else "its result differs"
         except RuntimeError as error:
             failure = str(error).splitlines()[0]
         if failure:
             print0(f"decoding without CUDA graphs, which is slower: {failure}")
             model.cuda_graphs = False
             return expected[:len(ids)]
-        cache.graphs[rows, length] = (step, inputs, logits)
-    step, inputs, logits = cache.graphs[rows, length]
+        cache.graphs[rows, length] = (step, inputs)
+    step, inputs = cache.graphs[rows, length]
     inputs[0].copy_(ids_in)
     inputs[1].copy_(positions_in)
     step.replay()
-    return logits[:len(ids)]
+    return cache.logits[:len(ids)]
 
 
 @without_autograd

@@ -21,8 +21,8 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value):
-        batch, heads, tokens, dim = query.shape
-        out = query.new_empty(batch, tokens, heads, dim).transpose(1, 2)  # kernels lay it out so
+        batch, heads, tokens, _ = query.shape
+        out = query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)  # kernels lay it out so
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
@@ -31,14 +31,14 @@ class Attention(torch.autograd.Function):
         raise NotImplementedError
 
 
-def attend(module, query, key, value, mask, **kwargs):
+def count_attention(module, query, key, value, mask, **kwargs):
     return Attention.apply(query, key, value).transpose(1, 2), None
 
 
 def saved_bytes(config, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that autograd keeps of one forward pass of the decoder over a row of `tokens` tokens."""
     from transformers import AttentionInterface, AutoModelForCausalLM
-    AttentionInterface.register("counted", attend)
+    AttentionInterface.register("counted", count_attention)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="counted").eval()
         ids = torch.zeros(1, tokens, dtype=torch.long)
@@ -74,16 +74,15 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
     blocks = model.get_decoder().layers
     block = sum(p.numel() for p in blocks[0].parameters())
     root = count - sum(p.numel() for b in blocks for p in b.parameters())
-    small = copy.deepcopy(config)
-    saved = []
+    text, small, saved = config.get_text_config(), copy.deepcopy(config), []
     for layers in (1, 2):
-        small.num_hidden_layers = layers
-        if getattr(small, "layer_types", None):
-            small.layer_types = config.layer_types[:layers]
+        small.get_text_config().num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            small.get_text_config().layer_types = text.layer_types[:layers]
         saved.append(saved_bytes(small, micro_tokens, dtype))
     per_block, rest = saved[1] - saved[0], 2 * saved[0] - saved[1]
-    vocabulary, hidden, itemsize = config.vocab_size, config.hidden_size, dtype.itemsize
-    per_token = cache_bytes(config, dtype)
+    vocabulary, hidden, itemsize = text.vocab_size, text.hidden_size, dtype.itemsize
+    row_cache, row_sampling = (prompt_tokens + completion_tokens) * cache_bytes(config, dtype), SAMPLING_BYTES * vocabulary
     sharded = 0 if cpu_offload else 1
     parts = {
         "weights": sharded * 4 * count / ranks,
@@ -92,8 +91,8 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
         "reference": sharded * 4 * count / ranks if reference else 0,
         # fp32 on one CPU rank: the weights themselves
         "gathered for rollout": itemsize * count if dtype != torch.float32 or ranks > 1 else 0,
-        "KV cache": rows * (prompt_tokens + completion_tokens) * per_token,
-        "sampling": SAMPLING_BYTES * rows * vocabulary,
+        "KV cache": rows * row_cache,
+        "sampling": rows * row_sampling,
         "activations": rest + (len(blocks) * micro_tokens * hidden * itemsize + per_block if checkpointing
                                else len(blocks) * per_block),
         # Of a chunk, made again in the backward pass: logits, log-softmax and two temporaries in fp32, and, where that is
@@ -107,9 +106,7 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
     parts["rollout"] = standing + parts["gathered for rollout"] + parts["KV cache"] + parts["sampling"]
     parts["update"] = standing + parts["gradients"] + parts["activations"] + parts["logprobs"] + parts["gathered for update"]
     parts["peak"] = max(parts["rollout"], parts["update"])
-    parts["row"] = (prompt_tokens + completion_tokens) * per_token + SAMPLING_BYTES * vocabulary
-    parts["parameters"] = count
-    return parts
+    return {**parts, "row": row_cache + row_sampling, "parameters": count}
 
 
 def dry_run(settings, model_config, facts: dict[str, object], *, micro_tokens: int, reference: bool = False, rows: int = 0,
@@ -127,7 +124,7 @@ def dry_run(settings, model_config, facts: dict[str, object], *, micro_tokens: i
     parts = plan(model_config, ranks=ranks, rows=rows, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
                  micro_tokens=micro_tokens, reference=reference, checkpointing=settings.activation_checkpointing,
                  cpu_offload=settings.cpu_offload)
-    print0(f"\n{'memory a GPU (GiB), planned':36}")
+    print0(f"\nmemory a GPU (GiB), planned for weights cut over {ranks}")
     for name in PARTS:
         if parts[name] and (rows or name not in ROLLOUT):
             print0(f"  {name:34}{parts[name] / GIB:.1f}")

@@ -476,8 +476,10 @@ def cache_bytes(model_config, dtype: torch.dtype) -> int:
     """Bytes of a token's keys and values in all layers."""
     config = model_config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
+    key = value = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "qk_nope_head_dim", None):  # DeepSeek's latent attention hands its keys and values out unpacked
+        key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    return config.num_hidden_layers * heads * (key + value) * dtype.itemsize
 
 
 def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
@@ -487,7 +489,7 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     when not even `at_least` rows fit.
     """
     cache = getattr(model, "kv_cache", None)
-    if cache is not None and cache.length >= length and (cache.slots >= rows or cache.full):
+    if cache is not None and cache.length >= length and (cache.slots >= rows or cache.full and cache.slots >= at_least):
         return cache
     model.kv_cache = cache = None  # free the old one first
     length = -(-length // 64) * 64  # prompts a little longer still fit
@@ -516,7 +518,7 @@ CHUNK_LOGITS = 2**25  # logits made at a time: 128 MiB in fp32
 def _head(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Logprobs and entropies (N,) of `targets` (N,) given hidden states (N, D), in fp32."""
     logits = model.get_output_embeddings()(hidden).float()  # (N, V)
-    cap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # of some Gemma models
     if cap is not None:
         logits = torch.tanh(logits / cap) * cap
     logits = logits / temperature
@@ -607,8 +609,8 @@ def optimizer_step(model, optimizer, lr: float, max_grad_norm: float) -> float:
 # Files
 
 # What may differ when a run goes on: how long, how often, and how the same arithmetic is laid out on the machines.
-# With a linear or cosine schedule, another --steps bends the rest of the schedule. --rollout_rows and the number of
-# ranks change which samples are drawn, not their distribution.
+# With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
+# (--rollout_rows, free memory) and the number of ranks change which samples are drawn, not their distribution.
 FREE_SETTINGS = {"out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every", "show_every",
                  "max_skipped", "tokens_per_micro_batch", "rollout_rows", "shard_within", "activation_checkpointing",
                  "cpu_offload"}

@@ -100,7 +100,6 @@ def compare(config, micro_tokens: int = 2048, checkpointing: bool = False) -> tu
 # ---------------------------------------------------------------------------------------------------------------
 # Output
 
-
 def table(gpus: int, gib: float) -> str:
     """recipes/memory.md's table."""
     lines = ["| model | parameters | weights, gradients, AdamW | reference | whole in bf16 | KV cache, 192 rows | activations and "

@@ -448,7 +448,8 @@ def main():
         temporary.unlink()
         raise SystemExit(f"error: no record of {args.data} is left ({dict(dropped)}); widen the filters")
     temporary.replace(out)
-    report = {"data": args.data, "hub": SOURCES[name.source].hub, "revision": SOURCES[name.source].revision, "kept": kept,
+    report = {"data": args.data, "hub": SOURCES[name.source].hub, "kept": kept,
+              "revision": None if name.folder else SOURCES[name.source].revision,  # a folder does not say
               "dropped": dict(dropped), "decontaminated_against": args.decontaminate, "ngram": args.ngram,
               "overlaps": overlap.report if overlap else []}
     out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n")

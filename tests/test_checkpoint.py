@@ -265,7 +265,7 @@ def test_a_failure_becomes_one_message(monkeypatch, capsys):
     def broken():
         raise ValueError("a bug")
     for function, message in ((update, "in a micro-batch: lower --tokens_per_micro_batch"),
-                              (decode, "in a rollout: lower --rollout_rows"), (broken, "ValueError: a bug")):
+                              (decode, "in a rollout: set --rollout_rows below"), (broken, "ValueError: a bug")):
         guarded(function)
         said = capsys.readouterr().err
         assert message in said and ("Traceback" in said) == (function is broken)

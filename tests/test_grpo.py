@@ -50,10 +50,14 @@ def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, sound
 
     class Graph:
         def replay(self):
-            self.out.copy_(real(*self.call) + (not sound))
+            self.call[1].logits[:len(self.call[2])] = real(*self.call) + (not sound)
+
+        def pool(self):
+            return "the first graph's"
 
     class Capture:
-        def __init__(self, graph):
+        def __init__(self, graph, pool):
+            assert pool == ("the first graph's" if captured else None)
             self.graph = graph
 
         def __enter__(self):
@@ -64,8 +68,8 @@ def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, sound
             monkeypatch.setattr(grpo, "forward_step", real)
 
         def record(self, *call):
-            self.graph.call, self.graph.out = call, real(*call)
-            return self.graph.out
+            self.graph.call = call
+            return real(*call)
 
     def step(model, cache, ids, positions):
         tokens, places = torch.tensor(ids), torch.tensor(positions)
@@ -96,6 +100,7 @@ def test_the_cache_is_kept_and_bounded_by_free_memory(monkeypatch, capsys):
     assert draw() == bounded and model.kv_cache.slots == 12
     monkeypatch.setattr(model_utils, "free_memory", lambda device: 2 * 2 * row)
     model.kv_cache = None
+    assert draw() == bounded and model.kv_cache.slots == 2  # full, and too small for what follows
     with pytest.raises(SystemExit, match="3 sequences of 64 tokens need .* lower --max_completion_tokens"):
         sample_tree(model, PROMPTS, plans=2, cots=3, max_new_tokens=20, max_plan_tokens=9, plan_closed=lambda ids: False,
                     temperature=1.0, stop_ids=[1], seed=0)
