@@ -77,8 +77,6 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
     text, small, saved = config.get_text_config(), copy.deepcopy(config), []
     for layers in (1, 2):
         small.get_text_config().num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            small.get_text_config().layer_types = text.layer_types[:layers]
         saved.append(saved_bytes(small, micro_tokens, dtype))
     per_block, rest = saved[1] - saved[0], 2 * saved[0] - saved[1]
     vocabulary, hidden, itemsize = text.vocab_size, text.hidden_size, dtype.itemsize

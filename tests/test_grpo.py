@@ -66,10 +66,11 @@ def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, sound
 
         def __exit__(self, *error):
             monkeypatch.setattr(grpo, "forward_step", real)
+            assert torch.equal(self.graph.call[1].logits[:len(self.out)], self.out)  # captured, so that a replay does it too
 
         def record(self, *call):
-            self.graph.call = call
-            return real(*call)
+            self.graph.call, self.out = call, real(*call)
+            return self.out
 
     def step(model, cache, ids, positions):
         tokens, places = torch.tensor(ids), torch.tensor(positions)
