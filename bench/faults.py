@@ -174,7 +174,7 @@ def check_ranks(work: Path, flags: list[str], whole: Path):
         first_figures, first = results["1 rank"]
         # Relative above 1: fp32 itself resolves a gradient norm of 20 to about 2e-6.
         gap = max(abs(a - b) / max(1, abs(b)) for x, y in zip(figures, first_figures) for a, b in zip(x, y))
-        weight_gap = max(float((first[k].detach() - results[name][1][k]).abs().max()) for k in first)
+        weight_gap = max(float((first[k] - results[name][1][k]).detach().abs().max()) for k in first)
         check(gap < 1e-5 and weight_gap < 1e-5, f"{name}, 3 steps fp32: loss, gradient norm, KL, entropy within {gap:.1e} "
               f"(relative above 1) of 1 rank, weights within {weight_gap:.1e}")
 
