@@ -13,27 +13,19 @@ Where the paper is silent: tau = 1 and alpha = 0.1 are the callers' defaults; T_
 of the question's group; with no right completion r_length is 0, with T_max = T it is alpha. Where a verdict
 differs from math-verify's is listed above answers_equal.
 
-Shapes: N questions, m plans a question, z CoTs a plan. Tensors bring their own methods, so this file never
-imports torch: the grading workers at its end are this same file run as a script, and start without it.
+Shapes: N questions, m plans a question, z CoTs a plan. Tensors bring their own methods: this file never imports
+torch.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections import Counter, deque
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
-from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, NamedTuple
+
+import grader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,14 +196,8 @@ def _check_shapes(**tensors: Tensor) -> None:
 MAX_CHARS = 2_000      # of an answer; real ones stay under 200
 MAX_DIGITS = 200       # in one run; 2^500 has 151
 MAX_DEPTH = 25         # of brackets in brackets
-CPU_SECONDS = 1.0      # deadline of one answer; CPU time, so that a busy machine does not change a verdict
-FIRST_LOOK = 0.3      # its CPU seconds in the first round: slow answers wait until the quick ones are graded
-WALL_SECONDS = 20.0    # after which a silent worker is replaced; only a stopped or starved one gets there
-START_SECONDS = 120.0  # for a worker to import math-verify
-MEMORY = 768 << 20     # address space of a worker in bytes
 BATCH_SECONDS = 10.0   # budget of a batch, for each started BATCH_SIZE pairs
 BATCH_SIZE = 2_048
-CACHE_SIZE = 20_000    # verdicts that are remembered
 
 
 def answers_equal(gold: str, answer: str | None) -> bool:
@@ -222,7 +208,7 @@ def answers_equal(gold: str, answer: str | None) -> bool:
 def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SECONDS) -> list[bool]:
     """Whether each answer equals its gold (Eq. 3); None, for no answer found, is wrong.
 
-    Bounded: what takes over CPU_SECONDS, kills its worker, or is not reached within the budget (seconds, for
+    Bounded: what takes over grader.CPU_SECONDS, kills its worker, or is not reached within the budget (seconds, for
     each started BATCH_SIZE pairs) is wrong, and counted in grader_stats(). Works from any thread. Raises
     ValueError if the lists differ in length, RuntimeError if no worker can be started.
     """
@@ -230,13 +216,13 @@ def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SEC
         raise ValueError(f"expected one answer for each gold, got {len(golds)} golds, {len(answers)} answers")
     verdicts = [False] * len(golds)
     undecided: dict[tuple[str, str | None], list[int]] = {}  # equal pairs are judged once
-    with _pool.lock:
+    with grader.pool.lock:
         for i, (gold, answer) in enumerate(zip(golds, answers)):
-            _pool.stats["graded"] += 1
+            grader.pool.stats["graded"] += 1
             if _refusal(gold):
-                _pool.stats["bad_golds"] += 1
+                grader.pool.stats["bad_golds"] += 1
             elif answer is None or _refusal(answer):
-                _pool.stats["no_answer" if answer is None else "refused"] += 1
+                grader.pool.stats["no_answer" if answer is None else "refused"] += 1
             else:
                 pair = _clean(gold), _clean(answer)
                 quick = _quick_verdict(*pair)
@@ -244,7 +230,7 @@ def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SEC
                     undecided.setdefault(pair, []).append(i)
                 else:
                     verdicts[i] = quick
-        judged = _pool.judge(list(undecided), budget * -(-len(golds) // BATCH_SIZE))
+        judged = grader.pool.judge(list(undecided), budget * -(-len(golds) // BATCH_SIZE))
     for pair, indices in undecided.items():
         for i in indices:
             verdicts[i] = judged[pair]
@@ -259,15 +245,15 @@ def check_gold(gold: str) -> str | None:
 def check_golds(golds: list[str]) -> list[str | None]:
     """check_gold of many, side by side. Usable is a number, plain words, and what math-verify can read.
 
-    No budget: CPU_SECONDS a gold bound it. Allow about 10 ms for each gold that is not a number.
+    No budget: grader.CPU_SECONDS a gold bound it. Allow about 10 ms for each gold that is not a number.
     """
     reasons = [_refusal(gold) for gold in golds]
     undecided = {}
     for i, gold in enumerate(golds):
         if not reasons[i] and not _number(_plain(_clean(gold))) and not WORDS.fullmatch(_plain(_clean(gold))):
             undecided[i] = (_clean(gold), None)
-    with _pool.lock:
-        judged = _pool.judge(list(undecided.values()), float("inf"))
+    with grader.pool.lock:
+        judged = grader.pool.judge(list(undecided.values()), float("inf"))
     for i, pair in undecided.items():
         reasons[i] = None if judged[pair] else "can be read neither as mathematics nor as plain words"
     return reasons
@@ -287,10 +273,10 @@ def grader_stats(reset: bool = False) -> dict[str, float]:
     """
     names = ("graded no_answer refused bad_golds judged right wrong unparsed errors timeouts worker_deaths "
              "over_budget slow peak_mb").split()
-    with _pool.lock:
-        stats = {**dict.fromkeys(names, 0), **_pool.stats}
+    with grader.pool.lock:
+        stats = {**dict.fromkeys(names, 0), **grader.pool.stats}
         if reset:
-            _pool.stats.clear()
+            grader.pool.stats.clear()
     stats["errors"] = sum(count for name, count in stats.items() if name.startswith("error_"))
     return stats
 
@@ -322,7 +308,7 @@ SYMBOLS = str.maketrans({"−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdo
                          "∅": r"\emptyset "})
 
 
-@lru_cache(CACHE_SIZE)
+@lru_cache(grader.CACHE_SIZE)
 def _clean(text: str) -> str:
     r"""What math-verify gets: one line, without box, dollar signs, \( \) and final full stop."""
     text = (_last_box(text) or text).translate(SYMBOLS)
@@ -368,7 +354,7 @@ NUMBER = re.compile(r"(?P<sign>[+-]?)[€£¥₹]?(?:"
                     r")(?P<unit>%|°| ?degrees?)?")
 
 
-@lru_cache(CACHE_SIZE)
+@lru_cache(grader.CACHE_SIZE)
 def _number(text: str) -> _Number | None:
     """The exact value of a plain integer, decimal, fraction or mixed number (in _plain spelling)."""
     if text.lstrip("+-") == r"\infty":
@@ -409,7 +395,7 @@ SEQUENCE = re.compile(r"([(\[]|\\\{)([^()\[\]{}]*,[^()\[\]{}]*)([)\]]|\\\})")
 GAP = re.compile(r"\d \d(?!\d*/\d)")  # two numbers side by side, and not a mixed one
 
 
-@lru_cache(CACHE_SIZE)
+@lru_cache(grader.CACHE_SIZE)
 def _quick_verdict(gold: str, answer: str) -> bool | None:
     """True or False where that is cheap and certain, None where math-verify must decide."""
     gold, answer = _plain(gold), _plain(answer)
@@ -508,266 +494,3 @@ def _occurrences(text: str, words: str) -> Iterator[tuple[int, int]]:
                 or words[-1].isalnum() and text[end:end + 1].isalnum()):
             yield start, end
         start = text.find(words, end)
-
-
-# -------------------------------------------------------------------------------------------- grading workers
-#
-# math-verify's own time-outs rest on SIGALRM, which works on the main thread only, and a thread cannot be
-# stopped. So it runs in processes of their own: `python rewards.py`, one JSON line in, one out. No pickle, no
-# second import of the caller's __main__, no inherited CUDA state; the same on Linux and macOS, from any
-# thread, after fork or spawn. A worker is a pair: a keeper that has imported math-verify, and its fork, which
-# grades. The kernel ends the fork at its CPU deadline, whatever it is doing, and the keeper puts a warm one
-# in its place within milliseconds.
-
-class _Worker:
-    """The caller's end of one worker."""
-
-    def __init__(self):
-        # A session of its own: Ctrl-C reaches the caller only, and one killpg ends keeper and fork.
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, start_new_session=True, bufsize=0)
-        self.deadline = float("inf")
-        self.unread = b""
-
-    def fileno(self) -> int:  # so that wait() takes a worker
-        return self.process.stdout.fileno()
-
-    def await_ready(self) -> None:
-        if not wait([self], START_SECONDS) or self.receive() != ["ready"]:
-            self.stop()
-            raise RuntimeError(f"a grading worker could not start (status {self.process.returncode}): see "
-                               f"its error above, and whether math-verify is installed for {sys.executable}")
-
-    def send(self, request: list) -> bool:
-        """False if the worker is gone. One request at a time fits into the pipe and is not lost."""
-        if self.process.poll() is not None:  # a fork without its keeper still works, but once only
-            return False
-        self.deadline = time.monotonic() + WALL_SECONDS
-        try:
-            self.process.stdin.write((json.dumps(request) + "\n").encode())
-        except BrokenPipeError:
-            return False
-        return True
-
-    def receive(self) -> list | None:
-        """The messages at hand, once there is something to read; None if the worker is gone."""
-        data = os.read(self.fileno(), 65536)
-        *lines, self.unread = (self.unread + data).split(b"\n")
-        return [json.loads(line) for line in lines] if data else None
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-    def stop(self) -> None:
-        """The end of input ends the fork, by its CPU deadline, and then the keeper; else force does."""
-        self.close()
-        try:
-            self.process.wait(timeout=2 * CPU_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-class _Pool:
-    """This process's workers, counters and known verdicts. The lock covers all three."""
-
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.stats: Counter = Counter()
-        self.verdicts: dict[tuple[str, str | None], bool] = {}
-        self.workers: list[_Worker] = []
-        self.jobs = 0
-
-    def judge(self, pairs: list[tuple[str, str | None]], budget: float) -> dict[tuple[str, str | None], bool]:
-        """math-verify's verdict on each (gold, answer); with answer None, on whether it can read the gold."""
-        verdicts = {pair: self.verdicts.get(pair, False) for pair in pairs}
-        todo = [pair for pair in verdicts if pair not in self.verdicts]
-        if not todo:
-            return verdicts
-        self.stats["judged"] += len(todo)
-        self.start_workers()
-        stop, known = time.monotonic() + budget, {}
-        for cpu_seconds in (FIRST_LOOK, CPU_SECONDS):
-            todo = self.round(todo, cpu_seconds, stop, known)
-        self.stats["timeouts"] += len(todo)
-        known.update(dict.fromkeys(todo, False))  # remembered too: models repeat their favourite bad answers
-        self.verdicts.update(known)
-        for pair in list(self.verdicts)[:-CACHE_SIZE]:  # oldest first
-            del self.verdicts[pair]
-        return {**verdicts, **known}
-
-    def round(self, pairs: list, cpu_seconds: float, stop: float, known: dict) -> list:
-        """Grades pairs into known until time stop; returns those that hit the CPU deadline."""
-        queue, in_flight, slow = deque(pairs), {}, []
-        try:
-            while (queue or in_flight) and time.monotonic() < stop:
-                for worker in [worker for worker in self.workers if worker not in in_flight][:len(queue)]:
-                    self.jobs += 1
-                    if worker.send([self.jobs, cpu_seconds, *queue[0]]):
-                        in_flight[worker] = self.jobs, queue.popleft()
-                    else:  # it died idle, which is not this answer's fault
-                        self.stats["worker_deaths"] += 1
-                        self.replace(worker)
-                wake = min([stop, *(worker.deadline for worker in in_flight)]) if in_flight else 0.0
-                readable = wait(list(in_flight), max(0.0, wake - time.monotonic()))
-                for worker, (job, pair) in list(in_flight.items()):
-                    messages = worker.receive() if worker in readable else []
-                    if messages is None or worker.deadline < time.monotonic():  # gone, or silent for too long
-                        messages = [[job, "worker_deaths", 0]]
-                        self.replace(worker)
-                    for about, outcome, peak_mb in messages:
-                        self.stats[outcome] += 1
-                        self.stats["peak_mb"] = max(self.stats["peak_mb"], peak_mb)
-                        if about == job:  # else its fork died idle and was replaced
-                            del in_flight[worker]
-                            if outcome == "slow":
-                                slow.append(pair)
-                            elif outcome != "worker_deaths":  # wrong now, but it may have been an accident
-                                known[pair] = outcome == "right"
-        finally:  # out of time, or interrupted: a late reply must not meet the next request
-            self.drop(*in_flight)
-        self.stats["over_budget"] += len(queue) + len(in_flight)
-        return slow
-
-    def start_workers(self) -> None:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: the ranks of a machine share its cores
-        wanted = max(1, min(4, (os.cpu_count() or 1) // ranks))
-        started = [_Worker() for _ in range(wanted - len(self.workers))]  # side by side
-        for worker in started:
-            worker.await_ready()
-            self.workers.append(worker)
-
-    def replace(self, worker: _Worker) -> None:
-        self.drop(worker)
-        self.start_workers()
-
-    def drop(self, *workers: _Worker) -> None:
-        self.workers = [worker for worker in self.workers if worker not in workers]
-        for worker in workers:
-            worker.close()  # all of them first, so that they end side by side
-        for worker in workers:
-            worker.stop()
-
-
-def _new_pool_after_fork() -> None:
-    """A forked child must not share its parent's pipes, keep them open, or find the lock held."""
-    global _pool
-    for worker in _pool.workers:
-        worker.close()
-    _pool = _Pool()
-
-
-_pool = _Pool()
-os.register_at_fork(after_in_child=_new_pool_after_fork)
-atexit.register(lambda: _pool.drop(*_pool.workers))
-
-
-# From here on: inside a worker process.
-
-WARM_UP = [
-    (r"-\frac{1}{2}", "-0.5"), (r"2\sqrt{3}", r"\sqrt{12}"), (r"[1,\infty)", r"[1, \infty)"), ("x=5", "5"),
-    (r"\{1,\pi\}", r"\pi, 1"), ("y=2x+1", "y-2x=1"), (r"5\text{ cm}", "5"), ("x^2-1", "(x-1)(1+x)"),
-    ("x<3", "3>x"), (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
-    ("(1,-2)", "(1, -2)"), (r"\frac{2\pi}{3}", r"\frac{2}{3}\pi"), ("1,2", "x=1,x=2"),
-    (r"(-\infty,1)\cup[2,\infty)", r"[2,\infty)\cup(-\infty,1)"),
-    (r"1\pm\sqrt{2}", r"1+\sqrt{2},1-\sqrt{2}"), (r"\frac{x+1}{2^n}", r"(1+x)2^{-n}"), ("1000", r"10^{3}"),
-    (r"\sin^2 x", r"1-\cos^2 x"), (r"e^{2}\ln 2", r"\ln(2)e^2"), (r"\text{Yes}", "yes"), ("3+4i", "4i+3")]
-RETIRED = 17  # exit status of a fork that has grown large
-
-
-def _keep() -> None:
-    """The keeper: forks; when a fork ends, says why and puts a new one in its place."""
-    import logging
-    import mmap
-    import resource
-
-    for number in (signal.SIGPROF, signal.SIGCHLD):  # the caller may have had them ignored or blocked
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    for limit, value in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        try:
-            resource.setrlimit(limit, (value, value))
-        except (ValueError, OSError):  # macOS refuses to limit the address space
-            pass
-    replies = os.dup(1)
-    os.dup2(2, 1)  # a stray print must not end up among the replies
-    logging.disable(logging.CRITICAL)
-
-    for gold, answer in WARM_UP:  # forks inherit the warm parser; a judge to whom all is wrong must not start
-        if _outcome(gold, answer) != "right":
-            sys.exit(f"math-verify fails the self-test {gold} = {answer}: {_outcome(gold, answer)}")
-    os.write(replies, b'"ready"\n')
-    current_job = mmap.mmap(-1, 8)  # shared with the fork: the answer it was at when it died, 0 if none
-    while True:
-        current_job[:] = bytes(8)
-        if (fork := os.fork()) == 0:
-            _answer_requests(replies, current_job)
-        _, status, usage = os.wait4(fork, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code == 0:
-            return  # the end of input: the caller is gone
-        if code != RETIRED:
-            outcome = "slow" if code == -signal.SIGPROF else "worker_deaths"
-            message = [int.from_bytes(current_job[:], "big"), outcome, _mebibytes(usage)]
-            try:
-                os.write(replies, (json.dumps(message) + "\n").encode())
-            except BrokenPipeError:  # the caller has dropped this worker
-                return
-
-
-def _answer_requests(replies: int, current_job) -> None:
-    """The fork. SIGPROF has no handler, so the kernel itself ends the process at the CPU deadline."""
-    import resource
-
-    code, unread = 1, b""
-    try:
-        while data := os.read(0, 65536):
-            *lines, unread = (unread + data).split(b"\n")
-            for line in lines:
-                job, cpu_seconds, gold, answer = json.loads(line)
-                current_job[:] = job.to_bytes(8, "big")
-                signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-                outcome = _outcome(gold, answer)
-                signal.setitimer(signal.ITIMER_PROF, 0)
-                current_job[:] = bytes(8)
-                peak_mb = _mebibytes(resource.getrusage(resource.RUSAGE_SELF))
-                os.write(replies, (json.dumps([job, outcome, peak_mb]) + "\n").encode())
-                if peak_mb > MEMORY >> 21:  # half of the cap: a fresh fork starts small
-                    code = RETIRED
-                    return
-        code = 0
-    finally:
-        os._exit(code)
-
-
-def _mebibytes(usage) -> int:
-    return usage.ru_maxrss >> (20 if sys.platform == "darwin" else 10)  # macOS counts bytes, Linux KiB
-
-
-def _outcome(gold: str, answer: str | None) -> str:
-    """math-verify's verdict: right, wrong, unparsed (with answer None: of the gold), error_<kind>."""
-    from math_verify import verify
-
-    try:
-        readings = _parse(gold if answer is None else answer)
-        readable = any(not isinstance(reading, str) for reading in readings)  # else only the string itself
-        # The gold comes first: verify is not symmetric. Its own time-out is off, the deadline is the fork's.
-        if answer is None:
-            return "right" if readable else "unparsed"
-        if verify(_parse(gold), readings, timeout_seconds=None, raise_on_error=True):
-            return "right"
-        return "wrong" if readable else "unparsed"
-    except Exception as error:  # whatever sympy raises on nonsense: wrong, and the kind is counted
-        return f"error_{type(error).__name__}"
-
-
-@lru_cache(1_024)
-def _parse(text: str) -> list:
-    from math_verify import LatexExtractionConfig, parse
-
-    return parse(f"${text}$", [LatexExtractionConfig()], parsing_timeout=None, raise_on_error=True)
-
-
-if __name__ == "__main__":
-    _keep()

@@ -19,6 +19,7 @@ import tempfile
 import time
 from importlib.metadata import version
 
+import grader
 import rewards
 
 QUESTIONS, SAMPLES = 128, 12
@@ -150,7 +151,7 @@ def main():
     plain_golds, plain = typical(20)
     rewards.grade(plain_golds, plain)
     rewards.grader_stats(reset=True)
-    rewards._pool.verdicts.clear()
+    grader.pool.verdicts.clear()
     seconds, verdicts = timed(golds, answers)
     stats = rewards.grader_stats(reset=True)
     expected = rewards.grade(plain_golds, plain)
@@ -186,12 +187,12 @@ def main():
 
     for name, seconds, note in rows:
         print(f"{name:38} {seconds:8.3f} s   {note}")
-    workers = len(rewards._pool.workers)
+    workers = len(grader.pool.workers)
     assert worker_count() == workers, "a process was left behind"
-    rewards._pool.drop(*rewards._pool.workers)
+    grader.pool.drop(*grader.pool.workers)
     assert worker_count() == 0, "a process was left behind"
     assert not os.listdir() and not os.path.exists(MARK), "a file was written"
-    peak = rewards._mebibytes(resource.getrusage(resource.RUSAGE_SELF))
+    peak = grader.mebibytes(resource.getrusage(resource.RUSAGE_SELF))
     print(f"no file written, no process left; the caller's peak {peak} MiB")
 
 

@@ -1,4 +1,4 @@
-"""rewards.py against numbers worked out by hand, a table of answers, and what a model might do to it."""
+"""rewards.py and grader.py against numbers worked out by hand, a table of answers, and what a model might do to it."""
 import json
 import math
 import os
@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import grader
 import rewards
 from rewards import (answers_equal, build_completion, check_gold, check_golds, extract_answer, grade,
                      grader_stats, length_reward, overlong_penalty, parse_completion, plan_leaks, plan_reward,
@@ -29,7 +30,7 @@ CASES = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlin
 @pytest.fixture
 def stats():
     """Counters of this test alone, with no verdict known from another one."""
-    rewards._pool.verdicts.clear()
+    grader.pool.verdicts.clear()
     grader_stats(reset=True)
     return grader_stats
 
@@ -453,7 +454,7 @@ def test_hostile_mathematics_is_stopped_and_counted(answer, stats):
 
 
 def test_hostile_text_is_wrong_and_harmless(tmp_path, monkeypatch):
-    rewards._pool.drop(*rewards._pool.workers)  # new workers start in the empty folder
+    grader.pool.drop(*grader.pool.workers)  # new workers start in the empty folder
     monkeypatch.chdir(tmp_path)
     for gold in ("7", r"\sqrt{2}", "x"):
         verdicts = grade([gold] * len(WRONG), list(WRONG.values()))
@@ -462,11 +463,11 @@ def test_hostile_text_is_wrong_and_harmless(tmp_path, monkeypatch):
 
 
 def test_nothing_is_evaluated():
-    source = (ROOT / "rewards.py").read_text()
+    source = (ROOT / "rewards.py").read_text() + (ROOT / "grader.py").read_text()
     for name in ("eval(", "exec(", "sympify(", "parse_expr(", "pickle.", "shell=True", "os.system"):
         assert name not in source
     # math-verify's own extractor for plain text ends in parse_expr; the workers must not use it.
-    assert rewards._outcome("7", "(1+2*3)") == "right" and "ExprExtractionConfig" not in source
+    assert grader.outcome_of("7", "(1+2*3)") == "right" and "ExprExtractionConfig" not in source
 
 
 def test_batch_budget(stats):
@@ -496,9 +497,9 @@ def test_errors_inside_math_verify_are_counted(stats, monkeypatch):
     def broken(*args, **kwargs):
         raise _Silent
     monkeypatch.setattr(math_verify, "verify", broken)
-    assert rewards._outcome("x", "y") == "error__Silent"
-    rewards._pool.stats["error__Silent"] += 2
-    rewards._pool.stats["error_RecursionError"] += 1
+    assert grader.outcome_of("x", "y") == "error__Silent"
+    grader.pool.stats["error__Silent"] += 2
+    grader.pool.stats["error_RecursionError"] += 1
     assert stats()["errors"] == 3
 
 
@@ -519,12 +520,12 @@ def _group(worker):
 @pytest.mark.parametrize("victim", ["fork", "keeper", "both"])
 def test_an_idle_worker_that_is_killed_is_replaced(victim, stats):
     assert answers_equal("x+1", "1+x")
-    for worker in rewards._pool.workers:
+    for worker in grader.pool.workers:
         keeper, fork = sorted(_group(worker), key=lambda pid: pid != worker.process.pid)
         for pid in {"fork": [fork], "keeper": [keeper], "both": [keeper, fork]}[victim]:
             os.kill(pid, signal.SIGKILL)
     time.sleep(0.2)
-    rewards._pool.verdicts.clear()
+    grader.pool.verdicts.clear()
     assert grade([f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)]) == [True] * 20
 
 
@@ -533,18 +534,18 @@ def test_a_worker_killed_at_work_costs_only_its_answer(stats):
 
     def kill_busy_forks():
         time.sleep(0.4)
-        for worker in list(rewards._pool.workers):
+        for worker in list(grader.pool.workers):
             for pid in _group(worker):
                 os.kill(pid, signal.SIGKILL)
     killer = threading.Thread(target=kill_busy_forks)
     killer.start()
-    workers = len(rewards._pool.workers)
+    workers = len(grader.pool.workers)
     slow = [f"({10**9 + i})!" for i in range(workers)]
     verdicts = grade([r"\sqrt{2}"] * workers + ["x+1"], slow + ["x+2-1"])
     killer.join()
     assert verdicts == [False] * workers + [True]
     assert stats()["worker_deaths"] >= 1
-    assert answers_equal("x+2", "2+x") and len(rewards._pool.workers) == workers
+    assert answers_equal("x+2", "2+x") and len(grader.pool.workers) == workers
 
 
 def test_grading_from_many_threads():
@@ -582,11 +583,11 @@ def test_works_with_stdin_closed_and_signals_blocked_and_leaves_no_process():
         os.close(0)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])  # the workers' deadline
-        import rewards
+        import grader, rewards
         assert rewards.grade(["x+1", "x+1", "x-1"], ["1+x", "x", "9^{9^{9^{9}}}+x"]) == [True, False, False]
         assert rewards.grader_stats()["timeouts"] == 1
         assert "torch" not in sys.modules
-        print(*(worker.process.pid for worker in rewards._pool.workers))
+        print(*(worker.process.pid for worker in grader.pool.workers))
     """)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() and not _left_behind(run.stdout.split())
@@ -594,9 +595,9 @@ def test_works_with_stdin_closed_and_signals_blocked_and_leaves_no_process():
 
 def test_workers_end_with_a_caller_that_is_killed_while_they_are_busy():
     run = _script("""
-        import os, signal, threading, rewards
+        import os, signal, threading, grader, rewards
         rewards.answers_equal("x+1", "1+x")
-        print(*(worker.process.pid for worker in rewards._pool.workers), flush=True)
+        print(*(worker.process.pid for worker in grader.pool.workers), flush=True)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
         rewards.grade([r"\\sqrt{2}"] * 50, [f"({10**9 + i})!" for i in range(50)])
     """)
@@ -613,22 +614,22 @@ def test_works_after_fork_and_spawn(method, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(f"""
         import sys; sys.path.insert(0, {str(ROOT)!r})
-        import multiprocessing, rewards
+        import multiprocessing, grader, rewards
 
         def work(queue):
             verdicts = rewards.grade(["x+1", "x+1"], ["1+x", "x"])
-            queue.put((verdicts, [worker.process.pid for worker in rewards._pool.workers]))
+            queue.put((verdicts, [worker.process.pid for worker in grader.pool.workers]))
 
         if __name__ == "__main__":
             assert rewards.answers_equal("x+1", "1+x")
             context = multiprocessing.get_context({method!r})
             queue = context.Queue()
             process = context.Process(target=work, args=(queue,))
-            with rewards._pool.lock:  # as another thread may hold it
+            with grader.pool.lock:  # as another thread may hold it
                 process.start()
             verdicts, pids = queue.get(timeout=40)
             process.join(20)
-            own = [worker.process.pid for worker in rewards._pool.workers]
+            own = [worker.process.pid for worker in grader.pool.workers]
             assert verdicts == [True, False] and process.exitcode == 0 and not set(own) & set(pids)
             assert rewards.grade(["x+2", "x+2"], ["2+x", "x"]) == [True, False]
             print(*own, *pids)
