@@ -16,7 +16,9 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
+import time
 import types
 from collections.abc import Callable
 from datetime import timedelta
@@ -34,8 +36,14 @@ from attention import KVCache, Packed, shared_beginning, use_attention
 # Settings: a flat dataclass becomes --flags
 
 def fail(message: str):
-    """End the program with one sentence (printed by rank 0 only) and exit code 1."""
-    raise SystemExit(f"error: {message}" if rank() == 0 else 1)
+    """End the program with one sentence and exit code 1. Where all ranks fail alike, rank 0 alone prints it."""
+    if rank() > 0:
+        # torchrun stops every rank as soon as one has left, which must not be before rank 0 has spoken. A rank that is
+        # still here after that failed alone (a path missing on its node, say) and speaks for itself.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(30)
+        message = f"rank {rank()}: {message}"
+    raise SystemExit(f"error: {message}")
 
 
 def parse_bool(text: str) -> bool:

@@ -1,13 +1,16 @@
 """Every script through its command line, in the order of a real run, and what each says to bad input."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 import eval as evaluation
 import grpo
+import model_utils
 from conftest import ROOT
 from data.toy import make_model, make_tokenizer
 
@@ -101,6 +104,24 @@ def test_two_ranks_train_and_save(run, tmp_path):
     call("sft.py", "--model", run / "model", "--data", run / "plans.jsonl", "--out", tmp_path / "sft", "--epochs", 1,
          "--batch_size", 12, ranks=2)
     assert (tmp_path / "sft/model/model.safetensors").exists()
+
+
+def test_ranks_that_fail_alike_print_one_sentence(tmp_path):
+    """Also where rank 0 is the last to come: torchrun ends the others as soon as one leaves."""
+    script = tmp_path / "refuse.py"
+    script.write_text("import time\nfrom model_utils import fail, rank\ntime.sleep(3 * (rank() == 0))\nfail('no')\n")
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script],
+                            env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and result.stderr.count("error: no\n") == 1
+
+
+def test_a_rank_that_fails_alone_speaks_for_itself(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="^error: rank 3: no data here$"):
+        model_utils.fail("no data here")
 
 
 def test_eval_writes_records_and_summary(run, tmp_path, monkeypatch, capsys):
