@@ -409,12 +409,16 @@ def out_of_memory(error: BaseException) -> str | None:
     return f"error: rank {rank()} ran out of memory {remedy}; then go on with --resume auto"
 
 
+PATIENCE = 30  # seconds that a rank which refuses to go on leaves to rank 0 to say why
+
+
 def guarded(main):
-    """Run a script's `main`. A rank that raises ends the whole job, its traceback printed once.
+    """Run a script's `main`. A rank that raises ends the whole job, its sentence or traceback printed once.
 
     torchrun stops the other ranks when one leaves; they may not leave by way of their process group, which can wait
     for the dead for ever, and say nothing about the connections that they lost.
     """
+    code = 1
     try:
         main()
     except SystemExit as stop:
@@ -423,6 +427,14 @@ def guarded(main):
             raise
         first_to_fail()  # peers that lose this rank are to keep quiet
         message = stop.code if isinstance(stop.code, str) else ""
+        if rank() > 0 and message:
+            # Bad input fails on all ranks alike. torchrun stops them all as soon as one has left, which must not be
+            # before rank 0 has spoken. A rank that is still here after that failed alone and speaks for itself.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(PATIENCE)
+            message = f"rank {rank()}: {message}"
+    except KeyboardInterrupt:  # where no StopSignal takes it: evaluation, distillation, the minutes before a first step
+        code, message = STOPPED, "stopped; --resume goes on from here" if rank() == 0 else ""
     except BaseException as error:
         message = ""
         if first_to_fail():
@@ -435,7 +447,7 @@ def guarded(main):
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def check_skipped(in_a_row: int, limit: int, checkpoints: Checkpoints):

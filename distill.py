@@ -29,29 +29,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import guarded
+from checkpoint import STOPPED, guarded
 from data.sources import load_jsonl, load_records
 from data.toy import plan_of
 from grpo import completion_texts, sample
 from model_utils import (barrier, everyone, fail, find_stop_ids, init_distributed, load_config, load_model, load_tokenizer,
-                         parse_config, print0, rank, world_size)
+                         make_folder, parse_config, print0, rank, world_size)
 from rewards import TAG, plan_leaks
 
 
 @dataclass
 class Config:
-    data: str = "open-thoughts/OpenThoughts-114k"  # problems with solutions: JSONL path, toy[:split], hub id
+    data: str = "open-thoughts/OpenThoughts-114k"  # with solutions: JSONL path, toy[:split], or a hub id or name of data/sources.py[=FOLDER]
     teacher: str = "Qwen/Qwen3-235B-A22B"  # rule (toy task only), a model folder or hub id, or a server's base URL
     teacher_model: str = ""  # with a URL: the model's name on that server
     out: str = "runs/plans.jsonl"  # plan records; dropped ones, with their reasons, go to *.dropped.jsonl
     limit: int = 10000  # use a random subset of this size; 0: all
-    max_plan_words: int = 300  # longer plans are dropped
-    max_new_tokens: int = 2048  # the teacher's limit, its own thinking included
+    max_plan_words: int = 300  # longer plans are dropped (>= 1)
+    max_new_tokens: int = 2048  # the teacher's limit, its own thinking included (>= 1)
     temperature: float = 0.6  # of the teacher
-    concurrency: int = 32  # requests in flight, or rows of a local teacher's batch
+    concurrency: int = 32  # requests in flight, or rows of a local teacher's batch (>= 1)
     retries: int = 6  # of a request that met 429, 5xx or a time-out, with growing pauses
-    timeout: float = 300.0  # seconds a request
-    seed: int = 0  # choice of the subset, sampling
+    timeout: float = 300.0  # seconds a request (> 0)
+    seed: int = 0  # choice of the subset, sampling (< 4e9)
     overwrite: bool = False  # replace the records in --out
     resume: bool = False  # go on after the records in --out
 
@@ -237,10 +237,13 @@ def main():
              "requests a server gets at a time)")
     if Path(config.data).resolve() == out.resolve():
         fail(f"--out is the --data file {out}; choose another --out")
-    if (out.exists() or dropped.exists() or parts_of(out)) and not (config.resume or config.overwrite):
+    if out.is_dir():
+        fail(f"--out {out} is a folder; give a file such as {out / 'plans.jsonl'}")
+    holds_records = any(path.stat().st_size for path in (out, dropped, *parts_of(out)) if path.exists())
+    if holds_records and not (config.resume or config.overwrite):
         fail(f"{out} already holds records: choose another --out, pass --resume to go on, or --overwrite to replace it")
     records = load_records(config.data, ("problem", "answer", "solution"), limit=config.limit, seed=config.seed)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     if world_size() > 1:
         init_distributed()
     order = {record["id"]: position for position, record in enumerate(records)}
@@ -259,7 +262,7 @@ def main():
     todo = [record for record in records if record["id"] not in done]
     out_part, dropped_part = (path.with_name(f"{path.stem}.rank{rank()}{path.suffix}") if rank() else path
                               for path in (out, dropped))
-    kept, reasons, unavailable = 0, Counter(), Counter()
+    kept, reasons, unavailable, stopped = 0, Counter(), Counter(), False
 
     with open(out_part, "a") as kept_file, open(dropped_part, "a") as dropped_file, \
             tqdm(total=len(records), initial=len(records) - len(todo), desc="distill", unit="plan",
@@ -294,21 +297,26 @@ def main():
         try:
             asyncio.run(ask(usable, config, report))
         except KeyboardInterrupt:
-            print0("stopped; --resume goes on from here")
+            stopped = True
 
     barrier()
     if rank() == 0:
         join_parts(out, order)
         join_parts(dropped, order)
-    kept, asked, before, reasons = (sum(parts[1:], parts[0]) for parts in zip(
-        *everyone((kept, len(todo), len(records) - len(todo), reasons))))
-    already = f" ({before} finished before)" if before else ""
-    print0(f"{out}: {kept} plans kept of {asked}{already}, {sum(reasons.values())} dropped")
+    kept, left, before, reasons, stopped = (sum(parts[1:], parts[0]) for parts in zip(*everyone(
+        (kept, len(todo) - kept - sum(reasons.values()), len(records) - len(todo), reasons, int(stopped)))))
+    print0(f"{out}: {kept} plans kept, {sum(reasons.values())} dropped" + f", {left} left to ask" * (left > 0)
+           + f", {before} finished before" * (before > 0))
     for reason, count in reasons.most_common():
         print0(f"  {count} {reason}")
+    if stopped:
+        print0("stopped; --resume goes on from here")
+        raise SystemExit(STOPPED)
     if unavailable:
         print("  " + ", ".join(f"{count} unanswered ({why})" for why, count in unavailable.items()) + ": run again with --resume")
         raise SystemExit(1)
+    if rank() == 0 and not out.stat().st_size:
+        fail(f"no plan was kept: {dropped} holds what the teacher wrote; choose another --teacher or raise the limits")
 
 
 if __name__ == "__main__":

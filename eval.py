@@ -13,6 +13,7 @@ The paper's protocol is temperature 0.6, top-p 0.95 and the mean over 64 samples
 
 An interval speaks of problems like these, not of these alone: with 30 problems it is wide, whatever n is.
 """
+import hashlib
 import json
 import math
 import random
@@ -26,10 +27,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoint import fingerprint, guarded
 from data.sources import load_jsonl
 from grpo import accuracy, completion_texts, load_questions, sample
 from model_utils import (append_jsonl, check_context, fail, find_stop_ids, gather0, init_distributed, load_config,
-                         load_model, load_tokenizer, parse_config, print0, rank, world_size)
+                         load_model, load_tokenizer, make_folder, parse_config, print0, rank, read_settings, world_size,
+                         write_whole)
 from rewards import GRADER_COUNTS, TAG, extract_answer, grade, grader_stats, parse_completion
 
 SAVE_EVERY = 1024  # completions of a rank between two writes of its records, and so at most decoded at once
@@ -40,11 +43,11 @@ class Config:
     model: str = "runs/pta/model"  # Hugging Face folder or hub id
     data: tuple = ("math500", "aime24", "aime25", "amc23")  # benchmarks: JSONL paths, toy[:split], names of data/sources.py
     out: str = "runs/eval"  # folder for records.jsonl and summary.json
-    n: int = 64  # samples a problem
+    n: int = 64  # samples a problem (>= 1)
     temperature: float = 0.6  # 0: greedy
-    top_p: float = 0.95  # nucleus
-    max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted
-    max_completion_tokens: int = 3584  # plan and CoT together
+    top_p: float = 0.95  # nucleus (> 0, <= 1)
+    max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted (>= 1)
+    max_completion_tokens: int = 3584  # plan and CoT together (>= 1)
     plan: str = ""  # empty: the model's own plans; none; shuffled; or a JSONL file of plans (id, plan) or eval records
     plan_from: str = ""  # with --plan shuffled: the JSONL file that the plans are taken from
     thinking: bool = True  # Qwen3: false renders its non-thinking prompt
@@ -52,7 +55,7 @@ class Config:
     analysis: str = ""  # hsic: dependence of predicted and true answers on the plan reward, over the rollouts in --data
     rollout_rows: int = 0  # most sequences a rank decodes at once; 0: as many as fit in memory, up to 1,024
     limit: int = 0  # use a random subset of each benchmark of this size; 0: all
-    seed: int = 0  # of sampling, the subset, shuffled plans and the bootstrap
+    seed: int = 0  # of sampling, the subset, shuffled plans and the bootstrap (< 4e9)
     overwrite: bool = False  # replace the results in --out
     resume: bool = False  # go on after the records in --out
 
@@ -407,26 +410,36 @@ def answer(model, tokenizer, problems: list[dict], config: Config, seed: int) ->
     return sorted(gather0(records), key=lambda record: record.pop("order"))
 
 
-def open_results(config: Config) -> Path:
+def weights_of(path: str, model_config) -> str:
+    """What tells one model's weights from another's: the commit of a hub model, a digest of a folder's files."""
+    if not Path(path).is_dir():
+        return model_config._commit_hash or ""
+    files = sorted(file for kind in ("safetensors", "bin") for file in Path(path).glob(f"*.{kind}"))
+    return hashlib.sha256(json.dumps([[file.name, *fingerprint(file)] for file in files]).encode()).hexdigest()
+
+
+def open_results(config: Config, model_config) -> Path:
     """Make or check --out and write run.json (rank 0). Raises SystemExit where it holds other results."""
     out, settings = Path(config.out), asdict(config)
-    if out.exists() and not out.is_dir():
-        fail(f"{out} is a file; --out wants a folder")
     if any((out / name).exists() for name in ("records.jsonl", "summary.json")):
         if not (config.overwrite or config.resume):
             fail(f"{out} already holds results: choose another --out, pass --resume to go on or --overwrite to replace them")
-        if config.resume and (out / "run.json").exists():
-            old = json.loads((out / "run.json").read_text())
-            for name in settings.keys() & old.keys() - {"out", "overwrite", "resume", "rollout_rows"}:
-                if json.loads(json.dumps(settings[name])) != old[name]:
-                    fail(f"{out} holds results with --{name} {old[name]}, not {settings[name]}: resume with the same "
-                         "settings or choose another --out")
+        old = read_settings(out / "run.json") if config.resume else {}
+        for name in settings.keys() & old.keys() - {"out", "overwrite", "resume", "rollout_rows"}:
+            if json.loads(json.dumps(settings[name])) != old[name]:
+                fail(f"{out} holds results with --{name} {old[name]}, not {settings[name]}: resume with the same "
+                     "settings or choose another --out")
+    else:
+        old = {}
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
+        settings["weights"] = weights_of(config.model, model_config)
+        if old.get("weights", settings["weights"]) != settings["weights"]:
+            fail(f"{out} holds results of other weights than {config.model} has now: choose another --out or pass --overwrite")
         if config.overwrite and not config.resume:
             (out / "records.jsonl").unlink(missing_ok=True)
         (out / "summary.json").unlink(missing_ok=True)
-        (out / "run.json").write_text(json.dumps(settings, indent=1) + "\n")
+        write_whole(out / "run.json", settings)
     return out
 
 
@@ -447,9 +460,7 @@ def finished(path: Path) -> set[tuple[str, str]]:
 
 
 def check_config(config: Config):
-    if config.n < 1 or not 0 < config.top_p <= 1 or config.temperature < 0:
-        fail("--n must be at least 1, --top_p in (0, 1] and --temperature not below 0")
-    if len(set(config.data)) < len(config.data):
+    if len({Path(name).resolve() for name in config.data}) < len(config.data):
         fail("--data names a benchmark twice")
     if config.plan == "shuffled" and not config.plan_from:
         fail("--plan shuffled needs --plan_from: a JSONL file of plans, or an earlier evaluation's records.jsonl")
@@ -473,7 +484,7 @@ def main():
     check_context(model_config, max(len(p["prompt"]) for p in problems), config.max_completion_tokens)
     if (longest := max(len(p["prefix"]) for p in problems)) >= config.max_completion_tokens:
         fail(f"a given plan of {longest} tokens leaves no room in --max_completion_tokens {config.max_completion_tokens}; raise it")
-    out = open_results(config)
+    out = open_results(config, model_config)
     device = init_distributed()
     done = finished(out / "records.jsonl")
     todo = [problem for problem in problems if (problem["benchmark"], problem["id"]) not in done]
@@ -504,4 +515,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

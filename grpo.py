@@ -28,7 +28,7 @@ from attention import KVCache, Packed, pack, pad_batch
 from checkpoint import Checkpoints, StopSignal, guarded, resume, stop_run
 from data.sources import load_records, parse_name
 from memory import dry_run
-from model_utils import (all_sum, append_jsonl, check_common, check_context, encode_prompt, fail, find_stop_ids,
+from model_utils import (all_sum, append_jsonl, check_common, check_context, check_run, encode_prompt, fail, find_stop_ids,
                          gather0, gather_all, init_distributed, load_config, load_sharded, load_tokenizer, lr_at,
                          make_optimizer, micro_batches, open_logger, open_run, optimizer_step, parse_config, print0,
                          progress, rank, reserve_cache, unsharded, without_autograd, world_size)
@@ -45,15 +45,15 @@ MAX_SAMPLER_GAP = 0.1
 @dataclass
 class Config:
     model: str = "runs/sft/model"  # policy to start from and KL reference: sft.py's output, a folder or a hub id
-    data: str = "zwhe99/DeepMath-103K"  # training problems: JSONL path, toy[:split], hub id
+    data: str = "zwhe99/DeepMath-103K"  # training problems: JSONL path, toy[:split], or a hub id or name of data/sources.py[=FOLDER]
     out: str = "runs/pta"  # run folder: metrics.jsonl, rollouts.jsonl, run.json, step_*/, model/
     # the algorithm
-    steps: int = 350  # rollout steps
-    questions: int = 128  # N over all ranks: questions a step
-    plans: int = 4  # m: plans a question
-    cots: int = 3  # z: CoTs a plan
+    steps: int = 350  # rollout steps (>= 1)
+    questions: int = 128  # N over all ranks: questions a step (>= 1)
+    plans: int = 4  # m: plans a question (>= 1)
+    cots: int = 3  # z: CoTs a plan (>= 1)
     beta: float = 0.5  # weight of the plan reward (Eq. 4)
-    tau: float = 1.0  # temperature of the softmax over plan scores (Eq. 2)
+    tau: float = 1.0  # temperature of the softmax over plan scores (Eq. 2) (> 0)
     alpha: float = 0.1  # size of the length reward (Eq. 8)
     structure: float = 0.2  # size of the structure reward (Eq. 6)
     correct_only: bool = False  # length reward for right completions only
@@ -61,44 +61,44 @@ class Config:
     overlong_buffer: int = 0  # DAPO's overlong shaping over the last so many tokens of the limit; 0: off
     std_norm: bool = True  # divide advantages by the group's std (Eq. 10); false: Dr. GRPO
     loss_agg: str = "token"  # denominator: token (global count), sequence (GRPO) or constant (Eq. 9, Dr. GRPO)
-    clip_low: float = 0.2  # epsilon below 1
+    clip_low: float = 0.2  # epsilon below 1 (<= 1)
     clip_high: float = 0.2  # epsilon above 1 (DAPO: 0.28)
     kl_coef: float = 0.01  # weight of the k3 KL term; 0 loads no reference model
     dynamic_sampling: bool = False  # DAPO: replace groups that are all right or all wrong
-    dynamic_rounds: int = 4  # most rollout rounds a step with dynamic sampling
+    dynamic_rounds: int = 4  # most rollout rounds a step with dynamic sampling (>= 1)
     mask_truncated: bool = False  # leave completions cut at their limit out of the loss (they stay in the baseline)
-    epochs: int = 1  # passes over a step's completions
-    mini_batches: int = 1  # optimiser steps a pass
+    epochs: int = 1  # passes over a step's completions (>= 1)
+    mini_batches: int = 1  # optimiser steps a pass (>= 1)
     # sampling
-    temperature: float = 1.0  # of the rollout; divides the logits in the loss too
-    max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted
+    temperature: float = 1.0  # of the rollout, where 0 would make all alike; divides the logits in the loss too (> 0)
+    max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted (>= 1)
     max_plan_tokens: int = 512  # a plan not closed by then gets no CoT; 0: no plan phase (needs --cots 1)
-    max_completion_tokens: int = 3584  # plan and CoT together (3.5K)
+    max_completion_tokens: int = 3584  # plan and CoT together (3.5K) (>= 1)
     rollout_rows: int = 0  # most sequences a rank decodes at once, the others wait their turn; 0: as many as fit in memory
     # the optimiser
     lr: float = 1e-6  # peak learning rate
     warmup_steps: int = 0  # linear warm-up
     schedule: str = "constant"  # constant, linear or cosine
     weight_decay: float = 0.01  # AdamW, matrices only
-    max_grad_norm: float = 1.0  # gradient-norm clip
-    tokens_per_micro_batch: int = 16384  # tokens in one forward and backward, what completions share counted once
+    max_grad_norm: float = 1.0  # gradient-norm clip (> 0)
+    tokens_per_micro_batch: int = 16384  # tokens in one forward and backward, what completions share counted once (>= 1)
     share_prefix: bool = True  # compute the prompt and plan that completions share once in the update, too
     # the run
     limit: int = 60000  # use a random subset of the data of this size; 0: all
-    eval_data: str = ""  # held-out problems; empty: the last --eval_size of --data
-    eval_size: int = 200  # held-out problems, answered greedily
-    eval_every: int = 25  # steps between evaluations
-    show_every: int = 10  # steps between printed and logged rollouts
+    eval_data: str = ""  # held-out problems, as --data; empty: the last --eval_size of --data
+    eval_size: int = 200  # held-out problems, answered greedily; 0: none
+    eval_every: int = 25  # steps between evaluations; 0: none
+    show_every: int = 10  # steps between printed and logged rollouts; 0: none
     show_tokens: int = 16  # questions a rank of a logged step whose tokens carry surprise, entropy and log-ratio
     log: str = ""  # log to tensorboard, wandb or trackio too, where that is installed
     save_every: int = 50  # steps between checkpoints to resume from; 0: only the model at the end
     keep: int = 2  # newest checkpoints kept; 0: all
     on_save_error: str = "stop"  # disk full or the like at a checkpoint: stop, or continue without it
-    max_skipped: int = 5  # steps in a row whose gradient is not finite (each is skipped) before the run stops
+    max_skipped: int = 5  # steps in a row whose gradient is not finite (each is skipped) before the run stops; 0: never
     shard_within: str = "world"  # weights are cut over all ranks (world) or over the ranks of a node (HSDP)
     activation_checkpointing: bool = True  # less memory for activations, a third more computing
     cpu_offload: bool = False  # weights, gradients and optimiser state in CPU memory
-    seed: int = 0  # data order and sampling
+    seed: int = 0  # data order and sampling (< 4e9)
     overwrite: bool = False  # replace a run that --out already holds
     resume: bool = False  # go on from the newest whole checkpoint in --out, if there is one; `--resume auto` is the same
     dry_run: bool = False  # print settings, tokens and rollouts a step and the memory a GPU needs, and end
@@ -468,8 +468,8 @@ def load_questions(name: str, tokenizer, max_prompt_tokens: int, limit: int, see
     reasons = dict(gather_all([(gold, reason) for gold, reason in zip(mine, check_golds(mine)) if reason]))
     bad = [problem for problem in problems if problem["answer"] in reasons]
     if bad and not parse_name(name):
-        fail(f"{name}, record {bad[0]['id']}: the answer {bad[0]['answer'][:60]!r} cannot be graded: it "
-             f"{reasons[bad[0]['answer']]}; mend or remove the record")
+        fail(f"{name}: {len(bad)} of {len(problems)} answers cannot be graded, the first in record {bad[0]['id']}: "
+             f"{bad[0]['answer'][:60]!r} {reasons[bad[0]['answer']]}; mend or remove them")
     if bad:
         print0(f"{name}: {len(bad)} of {len(problems)} records left out, because their golds cannot be graded "
                f"(first: {bad[0]['id']}, {bad[0]['answer'][:60]!r})")
@@ -575,8 +575,6 @@ def group_rewards(groups: list[Group], config: Config) -> dict[str, torch.Tensor
 def check_config(config: Config):
     """Refuse settings that cannot work, before anything is loaded. Raises SystemExit with the remedy."""
     check_common(config, Config.model)
-    if min(config.steps, config.questions, config.plans, config.cots, config.epochs, config.mini_batches) < 1:
-        fail("--steps, --questions, --plans, --cots, --epochs and --mini_batches must be at least 1")
     ranks = world_size()
     if config.questions % ranks:
         legal = ", ".join(str(n) for n in range(ranks, config.questions + ranks + 1, ranks)[-3:])
@@ -592,12 +590,8 @@ def check_config(config: Config):
              f"{config.max_completion_tokens}; lower it")
     if config.loss_agg not in ("token", "sequence", "constant"):
         fail(f"--loss_agg is token, sequence or constant, not {config.loss_agg!r}")
-    if config.tau <= 0:
-        fail(f"--tau must be above 0, not {config.tau}")
-    if not 0 <= config.overlong_buffer <= config.max_completion_tokens:
-        fail("--overlong_buffer must lie between 0 and --max_completion_tokens")
-    if config.temperature <= 0:
-        fail("--temperature must be above 0: greedy rollouts are all alike and teach nothing")
+    if config.overlong_buffer > config.max_completion_tokens:
+        fail(f"--overlong_buffer must be <= --max_completion_tokens, not {config.overlong_buffer}")
     if config.plans * config.cots < 2:
         fail("a group of one completion has no baseline: raise --plans or --cots")
 
@@ -621,12 +615,13 @@ def main():
     tokenizer = load_tokenizer(config.model)
     problems = load_questions(config.data, tokenizer, config.max_prompt_tokens, config.limit, config.seed)
     if config.eval_data:
-        held_out = load_questions(config.eval_data, tokenizer, config.max_prompt_tokens, config.eval_size, config.seed)
+        held_out = (load_questions(config.eval_data, tokenizer, config.max_prompt_tokens, config.eval_size, config.seed)
+                    if config.eval_size else [])
     else:
         size = min(config.eval_size, len(problems) // 10)
         problems, held_out = problems[:len(problems) - size], problems[len(problems) - size:]
     check_context(model_config, max(len(p["prompt"]) for p in problems + held_out), config.max_completion_tokens)
-    folder = open_run(config.out, config.overwrite, config.resume, config)
+    folder = check_run(config)
     device = init_distributed()
     torch.manual_seed(config.seed)
     stop = StopSignal()
@@ -638,6 +633,7 @@ def main():
     reference = None
     if config.kl_coef:
         reference = load_sharded(config.model, device, **sharding).requires_grad_(False)
+    open_run(folder, config)
     stop_ids = find_stop_ids(model, tokenizer)
     plan_closed = plan_end(tokenizer)
     # Steps done; questions drawn so far, over all ranks; steps skipped in a row. All that a resume needs beside weights.

@@ -12,13 +12,13 @@ import importlib.util
 import inspect
 import json
 import math
+import operator
 import os
 import platform
 import re
 import shutil
-import signal
 import sys
-import time
+import tempfile
 import types
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,13 +36,7 @@ from attention import KVCache, Packed, shared_beginning, use_attention
 # Settings: a flat dataclass becomes --flags
 
 def fail(message: str):
-    """End the program with one sentence and exit code 1. Where all ranks fail alike, rank 0 alone prints it."""
-    if rank() > 0:
-        # torchrun stops every rank as soon as one has left, which must not be before rank 0 has spoken. A rank that is
-        # still here after that failed alone (a path missing on its node, say) and speaks for itself.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(30)
-        message = f"rank {rank()}: {message}"
+    """End the program with one sentence and exit code 1 (`checkpoint.guarded` lets one rank say it)."""
     raise SystemExit(f"error: {message}")
 
 
@@ -64,8 +58,9 @@ class WordTuple(argparse.Action):
 def parse_config(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from `--field value` flags; a field's trailing comment is its help text.
 
-    Booleans are taken both ways (`--flag`, `--flag true`, `--flag false`), tuples as several words. Raises SystemExit
-    with one sentence for a bad value or an unknown flag, near names included.
+    Booleans are taken both ways (`--flag`, `--flag true`, `--flag false`), tuples as several words. Numbers must be
+    finite and not negative, and in the range that a comment may end with, such as (>= 1) or (> 0, <= 1). Raises
+    SystemExit with one sentence for a bad value or an unknown flag, near names included.
     """
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
     description = (sys.modules[cls.__module__].__doc__ or "").replace("%", "%%")
@@ -83,7 +78,20 @@ def parse_config(cls, argv: list[str] | None = None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{field.name}" for field in dataclasses.fields(cls)])
         fail(f"unknown flag {unknown[0]}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all"))
+    for name, value in vars(known).items():
+        check_range(name, value, comments.get(name, ""))
     return cls(**vars(known))
+
+
+def check_range(name: str, value, comment: str):
+    """Refuse a number that is not finite, negative, or outside of the range that its comment ends with, if it does."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+    text = re.search(r"\(([<>][^()]*)\)$", comment)
+    bounds = [bound.split() for bound in text[1].split(", ")] if text else [(">=", "0")]
+    if not math.isfinite(value) or value < 0 or not all(compare[sign](value, float(bound)) for sign, bound in bounds):
+        fail(f"--{name} must be {' and '.join(' '.join(bound) for bound in bounds)}, not {value}")
 
 
 def check_common(config, default_model: str):
@@ -276,6 +284,19 @@ def check_context(model_config, prompt_tokens: int, completion_tokens: int):
              f"model's context of {context}; lower --max_completion_tokens or --max_prompt_tokens")
 
 
+def of_usable_weights(load):
+    """Let a function that loads a model from a path say in one sentence what is wrong with the files there."""
+    @functools.wraps(load)
+    def run(path: str, *args, **options):
+        from safetensors import SafetensorError
+        try:
+            return load(path, *args, **options)
+        except (OSError, SafetensorError) as error:
+            fail(f"no usable weights at {path!r} ({str(error).splitlines()[0][:150]}); copy the model's files there again")
+    return run
+
+
+@of_usable_weights
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
     """A causal language model in eval mode for good: rollout and update must see the same network, without dropout."""
     from transformers import AutoModelForCausalLM
@@ -329,6 +350,7 @@ def _checkpointed(forward, *args, **kwargs):
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # no dropout: no RNG
 
 
+@of_usable_weights
 def load_sharded(path: str, device: torch.device, **options):
     """load_model and shard_model (whose `options` these are) in one, without the whole model on any rank.
 
@@ -616,11 +638,11 @@ def optimizer_step(model, optimizer, lr: float, max_grad_norm: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
-# What may differ when a run goes on: how long, how often, and how the same arithmetic is laid out on the machines.
+# What may differ when a run goes on: how long it is, what it writes down, and how its work is laid out on machines.
 # With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
 # (--rollout_rows, free memory) and the number of ranks change which samples are drawn, not their distribution.
 FREE_SETTINGS = {"out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every", "show_every",
-                 "max_skipped", "tokens_per_micro_batch", "rollout_rows", "shard_within", "activation_checkpointing",
+                 "show_tokens", "log", "max_skipped", "tokens_per_micro_batch", "rollout_rows", "shard_within", "activation_checkpointing",
                  "cpu_offload"}
 
 
@@ -636,46 +658,81 @@ def changed_settings(saved: dict, settings, where: str) -> dict[str, list]:
     return {name: pair for name, pair in changed.items() if name not in ("out", "overwrite", "resume")}
 
 
-def open_run(out: str, overwrite: bool, resume: bool, settings) -> Path:
-    """Make the run folder and write its settings (run.json); refuse one that holds a run, unless told otherwise.
+def read_settings(path: Path) -> dict:
+    """The settings that a run.json holds; {} where there is none. Raises SystemExit with the remedy."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        fail(f"{path} is damaged: restore it, or remove it to go on without its check of settings")
 
-    Raises SystemExit with the remedy. With `overwrite` the old run is removed. With `resume` it is kept, its settings
-    are compared with these, and those that may change are printed and noted in run.json under "changes".
+
+def make_folder(path: Path, flag: str = "--out"):
+    """Make a folder with its parents and see that it can be written. Raises SystemExit with the remedy."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        fail(f"cannot write in {path} ({error.strerror}); choose another {flag}")
+
+
+def check_run(settings) -> Path:
+    """The run folder --out, made if need be; refuses one that holds a run, unless told otherwise. Removes nothing yet.
+
+    With --resume the run's settings are compared with these. Raises SystemExit with the remedy, or with code 0 where
+    the run is finished already: a command that is queued again and again then ends as the last one did.
     """
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        fail(f"{out} is a file; --out wants a folder")
-    if (folder / "metrics.jsonl").exists() or (folder / "model").exists():
-        if (folder / "model").exists() and resume:
-            fail(f"{out} holds a finished run: nothing to resume; choose another --out, or pass --overwrite")
-        if not overwrite and not resume:
-            fail(f"{out} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
+    out, folder, resume = settings.out, Path(settings.out), settings.resume
+    finished = (folder / "model").exists()
+    if ((folder / "metrics.jsonl").exists() or finished) and not settings.overwrite and not resume:
+        fail(f"{out} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
     for name in ("model", "data", "eval_data"):  # a run's own inputs must not lie among what --overwrite removes
         value = getattr(settings, name, "")
-        if overwrite and value and folder.resolve() in Path(value).resolve().parents:
+        if settings.overwrite and value and folder.resolve() in Path(value).resolve().parents:
             fail(f"--{name} {value} lies in --out {out}, which --overwrite would clear; choose another --out")
-    record = dataclasses.asdict(settings)
-    if resume and (folder / "run.json").exists():
-        saved = json.loads((folder / "run.json").read_text())
+    if resume and (saved := read_settings(folder / "run.json")):
         changed = changed_settings(saved, settings, out)
+        done = max((int(path.name[5:]) for path in folder.glob("step_*") if path.name[5:].isdigit()), default=0)
+        then, now = changed.get("steps", (done, done))
+        if now < done or finished and now != then:
+            fail(f"{out} is {'finished' if finished else f'past step {done}'}, and --steps was {then}, not {now}: "
+                 f"resume with its own --steps, or train on from {out}/model in another --out")
+    if resume and finished:
+        print0(f"{out} is finished: nothing to resume (--overwrite would begin again)")
+        raise SystemExit(0)
+    if rank() == 0:
+        make_folder(folder)
+    return folder
+
+
+def open_run(folder: Path, settings):
+    """Begin to write in a run folder that `check_run` has passed (rank 0): its settings go to run.json.
+
+    Called when all that can be wrong has been read, models included: --overwrite removes the old run here. With
+    --resume, settings that have changed are printed, and noted in run.json under "changes".
+    """
+    if rank() != 0:
+        return
+    record = dataclasses.asdict(settings)
+    if settings.resume and (saved := read_settings(folder / "run.json")):
+        changed = changed_settings(saved, settings, settings.out)
         record["changes"] = saved.get("changes", []) + [changed] * bool(changed)
         for name, (then, now) in changed.items():
             print0(f"--{name} was {then!r} and is {now!r} from here on")
-    if rank() == 0:
-        if overwrite and not resume:
-            for old in ("metrics.jsonl", "rollouts.jsonl", "run.json"):
-                (folder / old).unlink(missing_ok=True)
-            for old in (*folder.glob("step_*"), folder / "model"):
-                shutil.rmtree(old, ignore_errors=True)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            fail(f"cannot make --out {out} ({error.strerror}); choose a folder that can be written")
-        temporary = folder / "run.json.tmp"  # replaced in one go: a kill in mid-write would leave half a file
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        temporary.replace(folder / "run.json")
-        (folder / "machine.json").write_text(json.dumps(machine(), indent=1) + "\n")
-    return folder
+    elif not settings.resume:
+        for old in ("metrics.jsonl", "rollouts.jsonl"):
+            (folder / old).unlink(missing_ok=True)
+        for old in (*folder.glob("step_*"), folder / "model"):
+            shutil.rmtree(old, ignore_errors=True)
+    write_whole(folder / "run.json", record)
+    write_whole(folder / "machine.json", machine())
+
+
+def write_whole(path: Path, value):
+    """Write JSON in one go: a kill in mid-write leaves the old file, not half a new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def append_jsonl(path: Path, records: list[dict]):

@@ -13,6 +13,7 @@ import html
 import io
 import json
 import math
+import os
 import re
 import textwrap
 import time
@@ -481,6 +482,10 @@ def main():
     args = parser.parse_args()
     if args.out.is_dir():
         raise SystemExit(f"error: {args.out} is a folder; --out wants a file such as {args.out / 'report.html'}")
+    if not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
+        raise SystemExit(f"error: cannot write in {args.out.parent}; choose another --out")
+    if not 0 <= args.watch < math.inf or not args.page_mb > 0:
+        raise SystemExit("error: --watch must be a number of seconds, and --page_mb more than 0")
     seen = None
     while True:
         state = [(f, f.stat().st_size) for path in args.runs for f in sorted(Path(path).glob("**/*.json*")) if f.exists()]

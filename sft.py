@@ -18,7 +18,7 @@ from attention import pack
 from checkpoint import Checkpoints, StopSignal, guarded, resume
 from data.sources import load_records
 from memory import dry_run
-from model_utils import (all_sum, append_jsonl, check_common, encode_prompt, fail, init_distributed, load_config,
+from model_utils import (all_sum, append_jsonl, check_common, check_run, encode_prompt, fail, init_distributed, load_config,
                          load_sharded, load_tokenizer, lr_at, make_optimizer, micro_batches, open_logger, open_run,
                          optimizer_step, parse_config, print0, progress, rank, world_size)
 from rewards import build_completion
@@ -29,28 +29,28 @@ class Config:
     model: str = "Qwen/Qwen2.5-7B-Instruct"  # Hugging Face folder or hub id of the model to fine-tune
     data: str = "runs/plans.jsonl"  # plan records: distill.py's output
     out: str = "runs/sft"  # run folder: metrics.jsonl, run.json, model/
-    epochs: float = 3.0  # passes over the data
+    epochs: float = 3.0  # passes over the data (> 0)
     lr: float = 1e-5  # peak learning rate
-    batch_size: int = 64  # sequences an optimiser step, over all ranks
+    batch_size: int = 64  # sequences an optimiser step, over all ranks (>= 1)
     use_plan: bool = True  # false: leave the plan block out of the targets
     weight_decay: float = 0.01  # AdamW, matrices only
     warmup_steps: int = 20  # linear warm-up
     schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
-    max_grad_norm: float = 1.0  # gradient-norm clip
+    max_grad_norm: float = 1.0  # gradient-norm clip (> 0)
     val_size: int = 200  # records held out for the validation loss (at most a tenth of the data)
-    eval_every: int = 100  # steps between validation losses
+    eval_every: int = 100  # steps between validation losses; 0: only at the end
     save_every: int = 200  # steps between checkpoints to resume from; 0: only the model at the end
     keep: int = 2  # newest checkpoints kept; 0: all
     on_save_error: str = "stop"  # disk full or the like at a checkpoint: stop, or continue without it
-    max_skipped: int = 5  # steps in a row whose gradient is not finite (each is skipped) before the run stops
+    max_skipped: int = 5  # steps in a row whose gradient is not finite (each is skipped) before the run stops; 0: never
     shard_within: str = "world"  # weights are cut over all ranks (world) or over the ranks of a node (HSDP)
     activation_checkpointing: bool = True  # less memory for activations, a third more computing
     cpu_offload: bool = False  # weights, gradients and optimiser state in CPU memory
-    tokens_per_micro_batch: int = 16384  # tokens in one forward and backward
-    max_tokens: int = 8192  # longer records (prompt and completion) are left out, and counted
+    tokens_per_micro_batch: int = 16384  # tokens in one forward and backward (>= 1)
+    max_tokens: int = 8192  # longer records (prompt and completion) are left out, and counted (>= 1)
     log: str = ""  # log to tensorboard, wandb or trackio too, where that is installed
     limit: int = 0  # use a random subset of this size; 0: all
-    seed: int = 0  # choice of the subset, order of the records
+    seed: int = 0  # choice of the subset, order of the records (< 4e9)
     overwrite: bool = False  # replace a run that --out already holds
     resume: bool = False  # go on from the newest whole checkpoint in --out, if there is one; `--resume auto` is the same
     thinking: bool = True  # Qwen3: false trains on its non-thinking prompt, which the saved model then keeps
@@ -96,8 +96,6 @@ def main():
     if config.batch_size % world_size():
         fail(f"--batch_size {config.batch_size} does not divide over {world_size()} ranks; "
              f"try {config.batch_size // world_size() * world_size() or world_size()}")
-    if min(config.batch_size, config.eval_every) < 1:
-        fail("--batch_size and --eval_every must be at least 1")
     model_config = load_config(config.model)
     if config.dry_run:
         return dry_run(config, model_config, {"ranks": world_size(), "sequences a step": config.batch_size,
@@ -111,6 +109,8 @@ def main():
     rows = [encode_record(tokenizer, record, config.use_plan) for record in bar]
     longest = min(config.max_tokens, getattr(model_config, "max_position_embeddings", None) or config.max_tokens)
     kept = [row for row in rows if len(row[0]) <= longest]
+    if not kept:
+        fail(f"every record of {config.data} has more than {longest} tokens; raise --max_tokens, or choose another model")
     print0(f"{len(kept)} records, {count_tokens(kept):,} supervised tokens"
            + (f"; {len(rows) - len(kept)} of more than {longest} tokens left out" if len(kept) < len(rows) else ""))
     random.Random(config.seed).shuffle(kept)
@@ -121,11 +121,12 @@ def main():
     per_epoch = len(train) // config.batch_size
     steps = max(1, round(per_epoch * config.epochs))
 
-    folder = open_run(config.out, config.overwrite, config.resume, config)
+    folder = check_run(config)
     device = init_distributed()
     stop = StopSignal()
     model = load_sharded(config.model, device, shard_within=config.shard_within, cpu_offload=config.cpu_offload,
                          activation_checkpointing=config.activation_checkpointing)
+    open_run(folder, config)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     state = {"step": 0, "skipped": 0}  # steps done, which are the data position too; steps skipped in a row
     checkpoints = Checkpoints(folder, model, tokenizer, optimizer, config, config.keep, config.on_save_error)
@@ -147,7 +148,7 @@ def main():
         metrics = {"step": step + 1, "epoch": (step + 1) / per_epoch, "loss": loss, "grad_norm": grad_norm,
                    "lr": lr, "tokens_per_s": tokens / (time.time() - began)}
         last = step + 1 == steps
-        if validation and (last or (step + 1) % config.eval_every == 0):
+        if validation and (last or config.eval_every and (step + 1) % config.eval_every == 0):
             metrics["val_loss"] = sft_loss(model, validation[rank()::world_size()], count_tokens(validation),
                                            config.tokens_per_micro_batch, train=False)
             print0(f"step {step + 1}/{steps}  loss {metrics['loss']:.4f}  val_loss {metrics['val_loss']:.4f}  "

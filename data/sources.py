@@ -11,6 +11,7 @@ is a function from its row to a record (or to the reason why it is left out) and
 """
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -307,6 +308,18 @@ def subset(records: Iterable[dict], limit: int, seed: int) -> list[dict]:
     return [record for _, record in sorted(kept, key=lambda pair: pair[0])]
 
 
+def gradable(records: Iterable[dict], dropped: Counter) -> Iterator[dict]:
+    """The records whose gold some answer can match; `dropped` counts the others. 10 ms for each that is not a number."""
+    from rewards import check_golds
+    records = iter(records)
+    while chunk := list(itertools.islice(records, 1024)):
+        for record, reason in zip(chunk, check_golds([record["answer"] for record in chunk])):
+            if reason:
+                dropped["gold that cannot be graded"] += 1
+            else:
+                yield record
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Decontamination
 
@@ -431,17 +444,25 @@ def main():
         raise SystemExit(f"error: no data set {args.data!r}: give one of {', '.join(SOURCES)}")
     if out.exists() and not args.overwrite:
         raise SystemExit(f"error: {out} exists: choose another --out or pass --overwrite")
-    if args.ngram < 2:
-        raise SystemExit("error: --ngram must be at least 2")
+    if args.ngram < 2 or args.limit < 0:
+        raise SystemExit("error: --ngram must be at least 2, and --limit not negative")
     overlap, dropped = None, Counter()
     if args.decontaminate:
         overlap = Overlap((problem for other in args.decontaminate for problem in load_records(other)), args.ngram)
     records = read_hub(name, solutions=args.solutions, difficulty=(args.min_difficulty, args.max_difficulty), overlap=overlap,
                        dropped=dropped)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if args.limit:  # without it, records go straight from reader to file
+        records = subset(records, args.limit, args.seed)
+    if not args.solutions:  # those are for the cold start, which grades nothing
+        records = gradable(records, dropped)
     temporary, kept = out.with_name(out.name + ".tmp"), 0
-    with open(temporary, "w") as file:  # without --limit, records go straight from reader to file
-        for record in subset(records, args.limit, args.seed) if args.limit else records:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temporary, "w")
+    except OSError as error:
+        raise SystemExit(f"error: cannot write {temporary} ({error.strerror}); choose another --out") from None
+    with file:
+        for record in records:
             file.write(json.dumps(record) + "\n")
             kept += 1
     if not kept:

@@ -135,11 +135,18 @@ def make_problems(split: str, count: int, facts: tuple[int, int] = (5, 6), seed:
     """
     if split not in SPLITS:
         raise ValueError(f"the toy task has the splits {', '.join(SPLITS)}, not {split!r}")
-    rng, seen, records = random.Random(f"{split} {seed}"), set(), []
+    if not 1 <= facts[0] <= facts[1] <= len(NAMES):
+        raise ValueError(f"a problem has 1 to {len(NAMES)} facts, not {facts[0]} to {facts[1]}")
+    rng, seen, records, misses = random.Random(f"{split} {seed}"), set(), [], 0
     while len(records) < count:
         record = make_problem(rng, rng.randint(*facts), terse)
         if record is None or split_of(record["problem"]) != split or record["problem"] in seen:
+            misses += 1
+            if misses > 10_000:
+                raise ValueError(f"found {len(records)} different problems of {facts[0]} to {facts[1]} facts, not {count}: "
+                                 "ask for fewer, or for more facts")
             continue
+        misses = 0
         seen.add(record["problem"])
         records.append({"id": f"toy-{split}-{seed}-{len(records)}", **record})
     return records
@@ -205,10 +212,13 @@ def main():
     out, facts = Path(args.out), tuple(args.facts)
     if (out / "sft.jsonl").exists() and not args.overwrite:
         raise SystemExit(f"error: {out} already holds a toy data set: choose another --out or pass --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
-    problems = make_problems("train", args.sft + args.train, facts, args.seed, args.terse)
-    files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
-    files.update({split: make_problems(split, args.test, facts, args.seed) for split in ("validation", "test")})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        problems = make_problems("train", args.sft + args.train, facts, args.seed, args.terse)
+        files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
+        files.update({split: make_problems(split, args.test, facts, args.seed) for split in ("validation", "test")})
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
     for name, records in files.items():
         if name != "sft":  # reinforcement learning and evaluation see answers only
             records = [{key: value for key, value in record.items() if key != "solution"} for record in records]

@@ -25,18 +25,22 @@ method_settings() {  # equal numbers of completions (12) and, but for what each 
     esac
 }
 
-dry() { [[ " $* " == *" --dry_run "* ]]; }
+given() { local flag=$1; shift; [[ " $* " == *" $flag "* || " $* " == *" $flag="* ]]; }  # flag, words: is it among them?
+dry() { given --dry_run "$@"; }
 # `--` keeps torchrun from reading eval.py's --n as a shortened flag of its own.
 launch() { torchrun --nproc_per_node="$GPUS" -- "$@"; }
 # A dry run asks only for shapes: one process that counts as all of them.
-launch_dry() { WORLD_SIZE=$GPUS RANK=0 python "$@"; }
+launch_given() { local flag=$1; shift; [[ " $* " == *" $flag "* || " $* " == *" $flag="* ]]; }  # flag, words: is it among them?
+dry() { WORLD_SIZE=$GPUS RANK=0 python "$@"; }
 
 prepare() {  # name, file, flags: a data set once, without what overlaps with the benchmarks
     [ -f "$2" ] || python -m data.sources "$1" --out "$2" --decontaminate $BENCHMARKS "${@:3}"
 }
 
 evaluate() {  # model, output folder, flags: 64 samples at temperature 0.6 and top-p 0.95 (eval.py's defaults)
-    launch eval.py --model "$1" --data $BENCHMARKS --out "$2" --resume "${@:3}"
+    local again=--resume
+    given --overwrite "$@" && again=
+    launch eval.py --model "$1" --data $BENCHMARKS --out "$2" $again "${@:3}"
 }
 
 row() {  # model, method, flags of grpo.py: train from the cold start, then evaluate
@@ -47,8 +51,10 @@ row() {  # model, method, flags of grpo.py: train from the cold start, then eval
         echo "(--model stands for $RUNS/$1_sft/model: recipes/shapes holds its shapes without weights)"
         return
     fi
-    [[ " $* " == *" --model "* ]] || [ -d "$RUNS/$1_sft/model" ] || { echo "error: no cold start in $RUNS/$1_sft/model: run recipes/cold_start.sh $1 first" >&2; exit 1; }
+    given --model "$@" || [ -d "$RUNS/$1_sft/model" ] || { echo "error: no cold start in $RUNS/$1_sft/model: run recipes/cold_start.sh $1 first" >&2; exit 1; }
     prepare deepmath "$RUNS/data/deepmath.jsonl" --limit 60000
     launch grpo.py --model "$RUNS/$1_sft/model" --data "$RUNS/data/deepmath.jsonl" --out "$out" "${flags[@]}"
-    evaluate "$out/model" "$out/eval" --max_completion_tokens "$TOKENS"
+    local again=()
+    given --overwrite "$@" && again=(--overwrite)  # the old results are of the old weights
+    evaluate "$out/model" "$out/eval" --max_completion_tokens "$TOKENS" "${again[@]}"
 }

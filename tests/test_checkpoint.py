@@ -21,7 +21,7 @@ from bench.faults import metrics, same
 from checkpoint import STOPPED, Checkpoints, StopSignal, damage, guarded, plan_files, resume, step_folders
 from conftest import make_tiny
 from data.toy import make_model, make_problems, make_tokenizer
-from model_utils import append_jsonl, changed_settings, make_optimizer, open_run, optimizer_step, shard_model
+from model_utils import append_jsonl, changed_settings, check_run, make_optimizer, open_run, optimizer_step, shard_model
 
 
 @dataclasses.dataclass
@@ -31,6 +31,8 @@ class Settings:
     steps: int = 3
     keep: int = 2
     out: str = ""
+    overwrite: bool = False
+    resume: bool = False
 
 
 @pytest.fixture(autouse=True)
@@ -177,14 +179,17 @@ def test_another_configuration_is_refused_by_name(trainee, tmp_path):
 
 
 def test_run_json_keeps_its_settings_and_notes_what_changed(tmp_path, capsys):
-    out = str(tmp_path / "run")
-    open_run(out, False, False, Settings())
+    def begin(**settings):
+        settings = Settings(out=str(tmp_path / "run"), **settings)
+        open_run(check_run(settings), settings)
+
+    begin()
     (tmp_path / "run/metrics.jsonl").touch()
     with pytest.raises(SystemExit, match="another configuration: --beta was 0.5, not 0.6"):
-        open_run(out, False, True, Settings(beta=0.6))
+        begin(resume=True, beta=0.6)
     assert json.loads((tmp_path / "run/run.json").read_text())["beta"] == 0.5
-    open_run(out, False, True, Settings(steps=8))
-    open_run(out, False, True, Settings(steps=8))  # as before: nothing to note
+    begin(resume=True, steps=8)
+    begin(resume=True, steps=8)  # as before: nothing to note
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["steps"] == 8 and record["changes"] == [{"steps": [3, 8]}]
     assert capsys.readouterr().out.count("--steps was 3 and is 8 from here on") == 1

@@ -1,5 +1,6 @@
 """Settings, prompts, logprobs, batches, schedules, run folders."""
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from attention import pack
 from conftest import make_tiny
 from data.toy import make_tokenizer
-from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, append_jsonl, check_context, encode_prompt, find_stop_ids,
+from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, append_jsonl, check_context, check_run, encode_prompt, find_stop_ids,
                          lr_at, make_optimizer, micro_batches, open_run, optimizer_step, parse_config)
 
 
@@ -16,6 +17,7 @@ from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, append_jsonl, check_contex
 class Settings:
     steps: int = 3  # how many
     lr: float = 1e-3  # how fast, in 1 / step
+    share: float = 0.5  # how much (> 0, <= 1)
     name: str = ""  # who
     fast: bool = True  # whether
 
@@ -25,7 +27,7 @@ class Settings:
 
 def test_flags_set_fields_of_their_type():
     config = parse_config(Settings, ["--steps", "7", "--lr", "2e-5", "--name", "x", "--fast", "false"])
-    assert config == Settings(7, 2e-5, "x", False)
+    assert config == Settings(7, 2e-5, 0.5, "x", False)
     assert parse_config(Settings, ["--fast"]).fast is True and parse_config(Settings, ["--fast=0"]).fast is False
     assert parse_config(Settings, []) == Settings()
 
@@ -34,6 +36,11 @@ def test_flags_set_fields_of_their_type():
                                            (["--ste", "3"], "unknown flag --ste; did you mean --steps"),
                                            (["--zzz"], "unknown flag --zzz; --help lists them all"),
                                            (["--steps", "many"], "invalid int value: 'many'"),
+                                           (["--steps", "-1"], "--steps must be >= 0, not -1"),
+                                           (["--lr", "nan"], "--lr must be >= 0, not nan"),
+                                           (["--lr", "inf"], "--lr must be >= 0, not inf"),
+                                           (["--share", "0"], "--share must be > 0 and <= 1, not 0.0"),
+                                           (["--share", "1.1"], "--share must be > 0 and <= 1, not 1.1"),
                                            (["--fast", "maybe"], "wants true or false")])
 def test_bad_flags_are_refused_in_one_sentence(argv, message):
     with pytest.raises(SystemExit, match=message) as stop:
@@ -142,29 +149,53 @@ def test_weight_decay_spares_norms_and_biases():
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
-def test_a_run_folder_is_not_overwritten_unasked(tmp_path):
-    out = str(tmp_path / "run")
-    folder = open_run(out, False, False, Settings())
+@dataclasses.dataclass
+class Run(Settings):
+    out: str = ""
+    model: str = ""
+    overwrite: bool = False
+    resume: bool = False
+
+
+def test_a_run_folder_is_not_overwritten_unasked(tmp_path, capsys):
+    settings = functools.partial(Run, out=str(tmp_path / "run"))
+    folder = check_run(settings())
+    open_run(folder, settings())
     append_jsonl(folder / "metrics.jsonl", [{"step": 1}])
     with pytest.raises(SystemExit, match="already holds a run.*--resume.*--overwrite"):
-        open_run(out, False, False, Settings())
-    open_run(out, False, True, Settings())
-    assert (folder / "metrics.jsonl").exists()
+        check_run(settings())
+    check_run(settings(overwrite=True))
+    assert (folder / "metrics.jsonl").exists()  # until everything that the new run needs has been loaded
+    check_run(settings(resume=True))
+    (folder / "step_8").mkdir()
+    with pytest.raises(SystemExit, match="past step 8, and --steps was 3, not 5"):
+        check_run(settings(resume=True, steps=5))
     (folder / "model").mkdir()
-    with pytest.raises(SystemExit, match="finished run: nothing to resume"):
-        open_run(out, False, True, Settings())
+    with pytest.raises(SystemExit) as finished:  # with --resume, a command may be queued again and again
+        check_run(settings(resume=True))
+    assert finished.value.code == 0 and "is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="finished, and --steps was 3, not 400: .* train on from .*/model"):
+        check_run(settings(resume=True, steps=400))
+    (folder / "run.json").write_text("{")
+    with pytest.raises(SystemExit, match="run.json is damaged"):
+        check_run(settings(resume=True))
     (folder / "notes.txt").write_text("the user's own")
-    open_run(out, True, False, Settings(steps=9))
-    assert not (folder / "metrics.jsonl").exists() and not (folder / "model").exists()
-    assert (folder / "notes.txt").exists() and json.loads((folder / "run.json").read_text())["steps"] == 9
+    open_run(check_run(settings(overwrite=True, steps=9)), settings(overwrite=True, steps=9))
+    assert sorted(path.name for path in folder.iterdir()) == ["machine.json", "notes.txt", "run.json"]
+    assert json.loads((folder / "run.json").read_text())["steps"] == 9
 
 
 def test_overwrite_does_not_clear_a_runs_own_input(tmp_path):
     (tmp_path / "run/model").mkdir(parents=True)
-    settings = dataclasses.make_dataclass("S", [("model", str, str(tmp_path / "run/model"))])()
     with pytest.raises(SystemExit, match="--model .* lies in --out"):
-        open_run(str(tmp_path / "run"), True, False, settings)
+        check_run(Run(out=str(tmp_path / "run"), model=str(tmp_path / "run/model"), overwrite=True))
     assert (tmp_path / "run/model").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot write in .*/file/run .*; choose another --out"):
+        check_run(Run(out=str(tmp_path / "file/run")))
 
 
 def test_lengths_beyond_the_context_are_refused():

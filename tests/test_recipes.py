@@ -53,7 +53,17 @@ def test_cold_start(commands):
     assert lines[1:] == [
         "python distill.py --data TMP/runs/data/openthoughts.jsonl --out TMP/runs/plans_Qwen3-8B.jsonl --teacher Qwen/Qwen3-8B --resume",
         "torchrun --nproc_per_node=8 -- sft.py --model Qwen/Qwen3-8B --data TMP/runs/plans_Qwen3-8B.jsonl --out TMP/runs/qwen3_8b_sft --epochs 3 --lr 2e-5"]
+    server = commands("cold_start.sh", "qwen3_8b", "--teacher=http://host:8000/v1", "--teacher_model=some/Teacher")[0]
+    assert "--out TMP/runs/plans_Teacher.jsonl --teacher http://host:8000/v1 --teacher_model some/Teacher --resume" in server[1]
     assert "no model qwen9" in commands("cold_start.sh", "qwen9")[1]
+    printed, said = commands("cold_start.sh", "qwen3_8b")
+    assert not printed and "give a teacher" in said
+
+
+def test_a_new_run_is_evaluated_anew(commands, tmp_path):
+    (tmp_path / "runs/qwen3_8b_sft/model").mkdir(parents=True)
+    train, evaluate = commands("qwen3_8b_grpo.sh", "--overwrite")[0][1:]
+    assert train.endswith("--overwrite") and evaluate.endswith("--overwrite") and "--resume" not in evaluate
 
 
 def test_the_defaults_that_recipes_rely_on_are_the_papers():
