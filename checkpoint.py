@@ -12,6 +12,7 @@ of the data and the seed of each rank's sampler are functions of (seed, cursor, 
 depend on how many rows are decoded at once, too: where free memory decides that, --rollout_rows makes them repeatable.)
 With several nodes, --out must be a folder that all of them see.
 """
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -418,35 +419,37 @@ def guarded(main):
     torchrun stops the other ranks when one leaves; they may not leave by way of their process group, which can wait
     for the dead for ever, and say nothing about the connections that they lost.
     """
-    code = 1
+    code, message = 1, ""
     try:
         main()
+        code = 0
     except SystemExit as stop:
-        if stop.code in (None, 0, STOPPED):
-            close_distributed()
-            raise
-        first_to_fail()  # peers that lose this rank are to keep quiet
-        message = stop.code if isinstance(stop.code, str) else ""
+        code = stop.code if stop.code in (0, STOPPED) else 0 if stop.code is None else 1
+        if code == 1:
+            first_to_fail()  # peers that lose this rank are to keep quiet
+            message = stop.code if isinstance(stop.code, str) else ""
         if rank() > 0 and message:
             # Bad input fails on all ranks alike. torchrun stops them all as soon as one has left, which must not be
             # before rank 0 has spoken. A rank that is still here after that failed alone and speaks for itself.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
             message = f"rank {rank()}: {message}"
-    except KeyboardInterrupt:  # where no StopSignal takes it: evaluation, distillation, the minutes before a first step
+    except KeyboardInterrupt:  # where no StopSignal takes it: evaluation, distillation, the time before a first step
         code, message = STOPPED, "stopped; --resume goes on from here" if rank() == 0 else ""
     except BaseException as error:
-        message = ""
         if first_to_fail():
             message = out_of_memory(error) or f"rank {rank()} failed:\n{traceback.format_exc()}"
-    else:
+    if code != 1 and not message:
         close_distributed()
-        return
+        if world_size() == 1:
+            sys.exit(code)
+        atexit._run_exitfuncs()
     if message:
         print(message, file=sys.stderr)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
+    # Not by way of the interpreter's end: there a thread of the process group can abort a run whose work is done.
     os._exit(code)
 
 

@@ -4,11 +4,11 @@
     2. A plan's score is the share of its CoTs that are right; its reward is a softmax of the scores   (Eq. 2)
     3. R = outcome + beta * plan + structure + length                                                  (Eqs. 3-8)
     4. A = (R - mean) / std over the group                                                             (Eq. 10)
-    5. Clipped policy-gradient loss on every completion token, minus a KL term                         (Eq. 9)
+    5. Clipped policy-gradient loss on every completion token, plus a KL term                          (Eq. 9)
 
-GRPO, DAPO and Dr. GRPO are settings of this loop (recipes/). Departures from the paper, each a flag: the loss is
-divided by the global token count (`--loss_agg constant` is Eq. 9 over a fixed length); the KL estimator is k3;
-tau, alpha, the clip range and the KL coefficient, on which the paper is silent, are those of shared defaults.
+GRPO, DAPO and Dr. GRPO are settings of this loop (recipes/). One departure from the paper: the loss is divided by the
+global token count (`--loss_agg constant` is Eq. 9 over a fixed length). Where the paper is silent, README.md names the
+choice: the KL estimator is k3; tau, alpha, the clip range and the KL coefficient are flags.
 
     python grpo.py --model runs/demo/sft/model --data runs/demo/data/train.jsonl ...   one GPU or CPU
     torchrun --nproc_per_node=8 grpo.py                                                 the paper's main run

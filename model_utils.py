@@ -63,9 +63,8 @@ def parse_config(cls, argv: list[str] | None = None):
     SystemExit with one sentence for a bad value or an unknown flag, near names included.
     """
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE))
-    description = (sys.modules[cls.__module__].__doc__ or "").replace("%", "%%")
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(cls):
         kind = type(field.default)
         help_text = f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%")

@@ -32,9 +32,10 @@ GROUPS = {  # heading -> metric -> what it means
         "accuracy": "right answers among rollouts", "eval_accuracy": "right answers among held-out problems, greedy",
         "plan_score": "right CoTs of a plan, mean over closed plans", "reward": "mean total reward"},
     "Reward terms": {"outcome": "", "plan": "before the factor beta: always 1/m in the mean", "structure": "",
-                     "length_reward": ""},
+                     "length_reward": "", "overlong": "DAPO's penalty"},
     "Spread of each term within a group: what drives the advantages": {
-        "outcome_spread": "", "plan_spread": "", "structure_spread": "", "length_reward_spread": ""},
+        "outcome_spread": "", "plan_spread": "", "structure_spread": "", "length_reward_spread": "",
+        "overlong_spread": ""},
     "Policy": {"entropy": "nats a token", "kl": "to the reference, k3, a token", "clip_frac": "tokens cut off by the clip",
                "grad_norm": "before clipping", "zero_variance": "groups that teach nothing"},
     "Length": {"completion_tokens": "plan and CoT", "plan_tokens": "plans that closed", "format_rate": "well-formed",

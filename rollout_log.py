@@ -23,7 +23,7 @@ def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> d
         "plan_tokens": (sum(tokens for tokens, _ in closed), len(closed)),
         "truncated": (sum(not row.stopped for row in rows), total.numel()),
         "zero_variance": ((total.amax(1) - total.amin(1) < 1e-6).sum() if len(total) else 0, len(total))}
-    for name in ("outcome", "plan", "structure", "length"):
+    for name in ("outcome", "plan", "structure", "length", *(["overlong"] if "overlong" in rewards else [])):
         term = rewards[name].flatten(1)
         label = "length_reward" if name == "length" else name
         means[label] = (term.sum(), term.numel())

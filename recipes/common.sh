@@ -25,13 +25,13 @@ method_settings() {  # equal numbers of completions (12) and, but for what each 
     esac
 }
 
-given() { local flag=$1; shift; [[ " $* " == *" $flag "* || " $* " == *" $flag="* ]]; }  # flag, words: is it among them?
+# flag, words: is it among them?
+given() { local flag=$1; shift; [[ " $* " == *" $flag "* || " $* " == *" $flag="* ]]; }
 dry() { given --dry_run "$@"; }
 # `--` keeps torchrun from reading eval.py's --n as a shortened flag of its own.
 launch() { torchrun --nproc_per_node="$GPUS" -- "$@"; }
 # A dry run asks only for shapes: one process that counts as all of them.
-launch_given() { local flag=$1; shift; [[ " $* " == *" $flag "* || " $* " == *" $flag="* ]]; }  # flag, words: is it among them?
-dry() { WORLD_SIZE=$GPUS RANK=0 python "$@"; }
+launch_dry() { WORLD_SIZE=$GPUS RANK=0 python "$@"; }
 
 prepare() {  # name, file, flags: a data set once, without what overlaps with the benchmarks
     [ -f "$2" ] || python -m data.sources "$1" --out "$2" --decontaminate $BENCHMARKS "${@:3}"

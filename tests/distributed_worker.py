@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from checkpoint import guarded
 from conftest import make_tiny
 from grpo import Config, make_micros, sample, score, update
 from model_utils import (all_sum, init_distributed, load_sharded, make_optimizer, model_tensors, print0, rank, shard_model,
@@ -48,4 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -269,12 +269,15 @@ def test_a_failure_becomes_one_message(monkeypatch, capsys):
 
     def broken():
         raise ValueError("a bug")
-    for function, message in ((update, "in a micro-batch: lower --tokens_per_micro_batch"),
+
+    def interrupted():
+        raise KeyboardInterrupt
+    for function, message in ((interrupted, "stopped; --resume goes on from here\n"), (update, "in a micro-batch: lower --tokens_per_micro_batch"),
                               (decode, "in a rollout: set --rollout_rows below"), (broken, "ValueError: a bug")):
         guarded(function)
         said = capsys.readouterr().err
         assert message in said and ("Traceback" in said) == (function is broken)
-    assert codes == [1, 1, 1]
+    assert codes == [STOPPED, 1, 1, 1]
 
 
 @pytest.fixture(scope="module")

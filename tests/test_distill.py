@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import distill
+from checkpoint import STOPPED
 from conftest import ROOT
 from data.toy import make_model, make_problems, make_tokenizer, plan_of
 from distill import finished_ids, rejection
@@ -59,6 +60,27 @@ def test_a_stopped_run_goes_on_without_losing_or_repeating(problems, tmp_path, m
     run(monkeypatch, "--teacher", "rule", "--data", path, "--out", out, "--resume")
     assert sorted(p["id"] for p in read(out)) == sorted(r["id"] for r in records if r is not records[7])
     assert "7 plans kept, 0 dropped, 5 finished before" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_the_code_of_a_stopped_run(problems, tmp_path, monkeypatch, capsys):
+    """A script that goes on to SFT must not take a part of the plans for all."""
+    async def interrupted(records, config, report):
+        report(records[0], "add them")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(distill, "ask_rule", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--teacher", "rule", "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+    assert stop.value.code == STOPPED
+    assert "1 plans kept, 0 dropped, 11 left to ask" in capsys.readouterr().out
+
+
+def test_no_plan_at_all_is_a_failure_and_leaves_nothing_in_the_way(problems, tmp_path, monkeypatch):
+    command = ("--teacher", "rule", "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="no plan was kept: .*plans.dropped.jsonl holds"):
+        patch.setattr(distill, "plan_of", lambda solution: "")
+        run(patch, *command)
+    (tmp_path / "plans.dropped.jsonl").write_text("")  # as a run that failed at its first record leaves them
+    run(monkeypatch, *command)
 
 
 def test_finished_ids_keep_what_is_whole(tmp_path):

@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -290,6 +291,16 @@ def test_a_stopped_evaluation_repeats_and_loses_nothing(run, tmp_path, monkeypat
     assert (tmp_path / "e/summary.json").exists()
 
 
+def test_results_of_other_weights_are_not_resumed(run, start, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(start / "model", model)
+    run("--model", model)
+    run("--model", model, "--resume")
+    make_model(make_tokenizer(), seed=1, width=32, layers=1, heads=2).save_pretrained(model)
+    with pytest.raises(SystemExit, match="holds results of other weights than .*/model has now"):
+        run("--model", model, "--resume")
+
+
 def test_two_ranks_answer_each_problem_once(start, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",
@@ -346,7 +357,7 @@ def test_plans_come_from_eval_records_too(tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (("--plan", "shuffled"), "needs --plan_from"), (("--plan", "nowhere.jsonl"), "no plans at 'nowhere.jsonl'"),
-    (("--plan_from", "x"), "goes with --plan shuffled"), (("--n", 0), "--n must be at least 1"),
+    (("--plan_from", "x"), "goes with --plan shuffled"), (("--n", 0), "--n must be >= 1, not 0"),
     (("--analysis", "mean"), "--analysis is hsic"), (("--data", "x", "x"), "names a benchmark twice"),
     (("--analysis", "hsic", "--data", "nowhere"), "--data wants a run's rollouts.jsonl"),
 ])

@@ -1,6 +1,7 @@
 """Every script through its command line, in the order of a real run, and what each says to bad input."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -182,6 +183,19 @@ def test_bad_data_is_refused_with_its_line(bad, tmp_path):
     assert f"{path}, line 2: 'answer' is missing" in bad("--data", path)
     path.write_text("")
     assert "holds no records" in bad("--data", path, script=evaluation)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_cannot_be_read_are_named_and_the_old_run_stays(run, tmp_path, ranks):
+    shutil.copytree(run / "sft/model", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "out/step_1").mkdir(parents=True)
+    (tmp_path / "out/metrics.jsonl").write_text("{}\n")
+    said = call("grpo.py", "--model", tmp_path / "model", "--data", run / "train.jsonl", "--out", tmp_path / "out", "--overwrite",
+                "--questions", 4, "--max_plan_tokens", 30, *TINY, ranks=ranks, ok=False)
+    assert said.count("error: no usable weights at") == 1 and "rank 0 failed" not in said
+    assert (tmp_path / "out/metrics.jsonl").exists() and (tmp_path / "out/step_1").exists()
 
 
 def test_a_model_folder_without_chat_template_gets_the_plain_one(tmp_path, capsys):

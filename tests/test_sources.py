@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 from data import sources
-from data.sources import (SOURCES, Overlap, clean_gold, last_boxed, load_records, parse_name, read_hub, split_cot, subset,
-                          unwrap)
+from data.sources import (SOURCES, Overlap, clean_gold, gradable, last_boxed, load_records, parse_name, read_hub, split_cot,
+                          subset, unwrap)
 
 
 def write(path, lines):
@@ -327,8 +327,10 @@ def test_ungradable_golds_of_hub_data_are_left_out_and_counted(tmp_path, capsys)
     kept = load_questions(f"aime25={tmp_path}", make_tokenizer(), 100, 0, 0)
     assert [p["id"] for p in kept] == ["aime25-0", "aime25-2"]
     assert "2 of 4 records left out" in capsys.readouterr().out
+    kept, dropped = [{"id": str(i), "answer": answer} for i, answer in enumerate(["1", "\\frac{1}{", "x+1"])], Counter()
+    assert [r["id"] for r in gradable(kept, dropped)] == ["0", "2"] and dropped == {"gold that cannot be graded": 1}
     own = write(tmp_path / "own.jsonl", [{"id": "x", "problem": "A ?", "answer": "\\frac{1}{"}])
-    with pytest.raises(SystemExit, match="1 of 2 answers cannot be graded, the first in record x: "):  # a user's own file is to be mended
+    with pytest.raises(SystemExit, match="1 of 1 answers cannot be graded, the first in record x: "):  # a user's own file is to be mended
         load_questions(own, make_tokenizer(), 100, 0, 0)
     store(tmp_path / "all", "test.jsonl", rows[1:2])
     with pytest.raises(SystemExit, match="no record of aime25"):

@@ -93,3 +93,10 @@ def test_tokenizer_is_word_level_and_survives_a_qwen2_folder(tmp_path):
                                         add_generation_prompt=True, tokenize=False)
     assert prompt == "<|user|> A = 4 ; A ? <|end|> <|assistant|> "
     assert loaded.unk_token_id not in loaded.encode(prompt)
+
+
+def test_what_the_task_cannot_give_is_refused():
+    with pytest.raises(ValueError, match="a problem has 1 to 6 facts, not 6 to 5"):
+        make_problems("train", 1, facts=(6, 5))
+    with pytest.raises(ValueError, match="different problems of 1 to 1 facts, not 100: ask for fewer"):
+        make_problems("train", 100, facts=(1, 1))
