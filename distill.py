@@ -40,7 +40,7 @@ from rewards import TAG, plan_leaks
 
 @dataclass
 class Config:
-    data: str = "open-thoughts/OpenThoughts-114k"  # with solutions: JSONL path, toy[:split], or a hub id or name of data/sources.py[=FOLDER]
+    data: str = "open-thoughts/OpenThoughts-114k"  # problems with solutions: JSONL path, toy[:split], or a name of data/README.md
     teacher: str = "Qwen/Qwen3-235B-A22B"  # rule (toy task only), a model folder or hub id, or a server's base URL
     teacher_model: str = ""  # with a URL: the model's name on that server
     out: str = "runs/plans.jsonl"  # plan records; dropped ones, with their reasons, go to *.dropped.jsonl

@@ -29,11 +29,10 @@ from tqdm import tqdm
 
 from checkpoint import fingerprint, guarded
 from data.sources import load_jsonl
-from grpo import accuracy, completion_texts, load_questions, sample
-from model_utils import (append_jsonl, check_context, fail, find_stop_ids, gather0, init_distributed, load_config,
-                         load_model, load_tokenizer, make_folder, parse_config, print0, rank, read_settings, world_size,
-                         write_whole)
-from rewards import GRADER_COUNTS, TAG, extract_answer, grade, grader_stats, parse_completion
+from grpo import accuracy, evaluate, load_questions
+from model_utils import (append_jsonl, check_context, fail, gather0, init_distributed, load_config, load_model,
+                         load_tokenizer, make_folder, parse_config, print0, rank, read_settings, world_size, write_whole)
+from rewards import GRADER_COUNTS, TAG, extract_answer, grader_stats, parse_completion
 
 SAVE_EVERY = 1024  # completions of a rank between two writes of its records, and so at most decoded at once
 
@@ -41,7 +40,7 @@ SAVE_EVERY = 1024  # completions of a rank between two writes of its records, an
 @dataclass
 class Config:
     model: str = "runs/pta/model"  # Hugging Face folder or hub id
-    data: tuple = ("math500", "aime24", "aime25", "amc23")  # benchmarks: JSONL paths, toy[:split], names of data/sources.py
+    data: tuple = ("math500", "aime24", "aime25", "amc23")  # benchmarks: JSONL paths, toy[:split], names of data/README.md
     out: str = "runs/eval"  # folder for records.jsonl and summary.json
     n: int = 64  # samples a problem (>= 1)
     temperature: float = 0.6  # 0: greedy
@@ -389,27 +388,6 @@ def add_prefixes(problems: list[dict], config: Config, tokenizer) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------
 # Main
 
-def answer(model, tokenizer, problems: list[dict], config: Config, seed: int) -> list[dict]:
-    """Sample and grade n completions of each problem: eval records, in order, on rank 0. A collective."""
-    mine, records, n = problems[rank()::world_size()], [], config.n
-    if mine:
-        stop_ids = find_stop_ids(model, tokenizer)
-        ids, _ = sample(model, [p["prompt"] + p["prefix"] for p in mine], n=n, temperature=config.temperature,
-                        max_new_tokens=[config.max_completion_tokens - len(p["prefix"]) for p in mine for _ in range(n)],
-                        top_p=config.top_p, stop_ids=stop_ids, seed=seed + rank(), max_rows=config.rollout_rows)
-        owners = [p for p in mine for _ in range(n)]
-        whole = [p["prefix"] + i for p, i in zip(owners, ids)]  # a given plan is part of the completion
-        texts = completion_texts(tokenizer, whole, stop_ids)
-        answers = [extract_answer(text) for text in texts]
-        correct = grade([p["answer"] for p in owners], answers)
-        samples = [{"completion": text, "answer": answer, "correct": bool(right), "tokens": len(i),
-                    "well_formed": parse_completion(text) is not None, "truncated": i[-1] not in stop_ids}
-                   for text, answer, right, i in zip(texts, answers, correct, whole)]
-        records = [{"order": rank() + k * world_size(), "benchmark": p["benchmark"], "id": p["id"], "problem": p["problem"],
-                    "answer": p["answer"], "samples": samples[k * n:(k + 1) * n]} for k, p in enumerate(mine)]
-    return sorted(gather0(records), key=lambda record: record.pop("order"))
-
-
 def weights_of(path: str, model_config) -> str:
     """What tells one model's weights from another's: the commit of a hub model, a digest of a folder's files."""
     if not Path(path).is_dir():
@@ -497,7 +475,9 @@ def main():
         for start in range(0, len(todo), chunk):
             part = todo[start:start + chunk]
             seed = random.Random(f"{config.seed} {len(done) + start}").getrandbits(60)  # another one each chunk
-            append_jsonl(out / "records.jsonl", answer(model, tokenizer, part, config, seed))
+            append_jsonl(out / "records.jsonl", evaluate(
+                model, tokenizer, part, n=config.n, temperature=config.temperature, top_p=config.top_p, seed=seed,
+                max_new_tokens=config.max_completion_tokens, max_rows=config.rollout_rows))
             bar.update(len(part))
     stats = gather0([grader_stats()])  # every rank graded its own share
     if rank() != 0:

@@ -45,7 +45,7 @@ MAX_SAMPLER_GAP = 0.1
 @dataclass
 class Config:
     model: str = "runs/sft/model"  # policy to start from and KL reference: sft.py's output, a folder or a hub id
-    data: str = "zwhe99/DeepMath-103K"  # training problems: JSONL path, toy[:split], or a hub id or name of data/sources.py[=FOLDER]
+    data: str = "zwhe99/DeepMath-103K"  # training problems: JSONL path, toy[:split], or a name of data/README.md
     out: str = "runs/pta"  # run folder: metrics.jsonl, rollouts.jsonl, run.json, step_*/, model/
     # the algorithm
     steps: int = 350  # rollout steps (>= 1)
@@ -73,7 +73,7 @@ class Config:
     temperature: float = 1.0  # of the rollout, where 0 would make all alike; divides the logits in the loss too (> 0)
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted (>= 1)
     max_plan_tokens: int = 512  # a plan not closed by then gets no CoT; 0: no plan phase (needs --cots 1)
-    max_completion_tokens: int = 3584  # plan and CoT together (3.5K) (>= 1)
+    max_completion_tokens: int = 3584  # plan and CoT together: 3.5K (>= 1)
     rollout_rows: int = 0  # most sequences a rank decodes at once, the others wait their turn; 0: as many as fit in memory
     # the optimiser
     lr: float = 1e-6  # peak learning rate
@@ -495,24 +495,26 @@ def evaluate(model, tokenizer, problems: list[dict], *, n: int, temperature: flo
              seed: int, max_rows: int = 0) -> list[dict]:
     """Sample n completions a problem and grade them: eval records (problem fields and `samples`), in order, on rank 0.
 
-    Each rank answers every W-th problem. A collective: call it on every rank.
+    A problem's `prefix`, token ids of a given plan, is part of its completions. Each rank answers every W-th problem. A
+    collective: call it on every rank.
     """
-    mine = problems[rank()::world_size()]
-    records = []
+    mine, records = problems[rank()::world_size()], []
     if mine:
-        stop_ids = find_stop_ids(model, tokenizer)
-        ids, _ = sample(model, [p["prompt"] for p in mine], n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+        stop_ids, prefixes = find_stop_ids(model, tokenizer), [p.get("prefix", []) for p in mine]
+        ids, _ = sample(model, [p["prompt"] + prefix for p, prefix in zip(mine, prefixes)], n=n, temperature=temperature,
+                        max_new_tokens=[max_new_tokens - len(prefix) for prefix in prefixes for _ in range(n)],
                         top_p=top_p, stop_ids=stop_ids, seed=seed + rank(), max_rows=max_rows)
+        ids = [prefixes[i // n] + completion for i, completion in enumerate(ids)]
         texts = completion_texts(tokenizer, ids, stop_ids)
         answers = [extract_answer(text) for text in texts]
         correct = grade([p["answer"] for p in mine for _ in range(n)], answers)
         samples = [{"completion": text, "answer": answer, "correct": bool(right), "tokens": len(i),
                     "well_formed": parse_completion(text) is not None, "truncated": i[-1] not in stop_ids}
                    for text, answer, right, i in zip(texts, answers, correct, ids)]
-        records = [{"order": rank() + k * world_size(), "id": p["id"], "problem": p["problem"], "answer": p["answer"],
-                    "samples": samples[k * n:(k + 1) * n]} for k, p in enumerate(mine)]
-    records = sorted(gather0(records), key=lambda record: record.pop("order"))
-    return records
+        fields = [name for name in ("benchmark", "id", "problem", "answer") if name in mine[0]]
+        records = [{"order": rank() + k * world_size(), **{name: p[name] for name in fields}, "samples": samples[k * n:(k + 1) * n]}
+                   for k, p in enumerate(mine)]
+    return sorted(gather0(records), key=lambda record: record.pop("order"))
 
 
 def accuracy(records: list[dict]) -> float:

@@ -641,8 +641,8 @@ def optimizer_step(model, optimizer, lr: float, max_grad_norm: float) -> float:
 # With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
 # (--rollout_rows, free memory) and the number of ranks change which samples are drawn, not their distribution.
 FREE_SETTINGS = {"out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every", "show_every",
-                 "show_tokens", "log", "max_skipped", "tokens_per_micro_batch", "rollout_rows", "shard_within", "activation_checkpointing",
-                 "cpu_offload"}
+                 "show_tokens", "log", "max_skipped", "tokens_per_micro_batch", "rollout_rows", "shard_within",
+                 "activation_checkpointing", "cpu_offload"}
 
 
 def changed_settings(saved: dict, settings, where: str) -> dict[str, list]:
@@ -665,14 +665,14 @@ def read_settings(path: Path) -> dict:
         fail(f"{path} is damaged: restore it, or remove it to go on without its check of settings")
 
 
-def make_folder(path: Path, flag: str = "--out"):
-    """Make a folder with its parents and see that it can be written. Raises SystemExit with the remedy."""
+def make_folder(path: Path):
+    """Make the folder of --out with its parents and see that it can be written. Raises SystemExit with the remedy."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        fail(f"cannot write in {path} ({error.strerror}); choose another {flag}")
+        fail(f"cannot write in {path} ({error.strerror}); choose another --out")
 
 
 def check_run(settings) -> Path:
@@ -693,9 +693,10 @@ def check_run(settings) -> Path:
         changed = changed_settings(saved, settings, out)
         done = max((int(path.name[5:]) for path in folder.glob("step_*") if path.name[5:].isdigit()), default=0)
         then, now = changed.get("steps", (done, done))
-        if now < done or finished and now != then:
-            fail(f"{out} is {'finished' if finished else f'past step {done}'}, and --steps was {then}, not {now}: "
-                 f"resume with its own --steps, or train on from {out}/model in another --out")
+        if finished and now != then:
+            fail(f"{out} is finished, after --steps {then}: to train on, begin another --out with --model {folder / 'model'}")
+        if now < done:
+            fail(f"{out} is past step {done}: resume with --steps of at least that")
     if resume and finished:
         print0(f"{out} is finished: nothing to resume (--overwrite would begin again)")
         raise SystemExit(0)

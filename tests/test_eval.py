@@ -272,14 +272,14 @@ def test_two_benchmarks_in_one_call(run, start, tmp_path, capsys):
 
 def test_a_stopped_evaluation_repeats_and_loses_nothing(run, tmp_path, monkeypatch):
     whole = run(out=tmp_path / "whole")
-    original, calls = evaluation.answer, []
+    original, calls = evaluation.evaluate, []
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         calls.append(len(args[2]))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(*args)
-    monkeypatch.setattr(evaluation, "answer", interrupted)
+        return original(*args, **options)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
     path = tmp_path / "e/records.jsonl"

@@ -168,13 +168,13 @@ def test_a_run_folder_is_not_overwritten_unasked(tmp_path, capsys):
     assert (folder / "metrics.jsonl").exists()  # until everything that the new run needs has been loaded
     check_run(settings(resume=True))
     (folder / "step_8").mkdir()
-    with pytest.raises(SystemExit, match="past step 8, and --steps was 3, not 5"):
+    with pytest.raises(SystemExit, match="past step 8: resume with --steps of at least that"):
         check_run(settings(resume=True, steps=5))
     (folder / "model").mkdir()
     with pytest.raises(SystemExit) as finished:  # with --resume, a command may be queued again and again
         check_run(settings(resume=True))
     assert finished.value.code == 0 and "is finished" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="finished, and --steps was 3, not 400: .* train on from .*/model"):
+    with pytest.raises(SystemExit, match="finished, after --steps 3: to train on, .* --model .*/model"):
         check_run(settings(resume=True, steps=400))
     (folder / "run.json").write_text("{")
     with pytest.raises(SystemExit, match="run.json is damaged"):
