@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +24,12 @@ def call(*command, ranks: int = 1, ok: bool = True) -> str:
                             timeout=240)
     assert (result.returncode == 0) == ok, result.stdout + result.stderr
     return result.stdout + result.stderr
+
+
+def main(monkeypatch, script, *flags):
+    """The same in this process, which spares the imports."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+    script.main()
 
 
 def lines(path):
@@ -86,10 +93,13 @@ def test_pta_grpo_run(run):
     "--plans 6 --cots 1 --beta 0 --max_plan_tokens 0 --clip_high 0.28 --dynamic_sampling --overlong_buffer 20 --kl_coef 0",
     "--plans 6 --cots 1 --beta 0 --std_norm false --loss_agg constant --kl_coef 0 --epochs 2 --mini_batches 2",
 ], ids=["grpo", "dapo", "dr_grpo, inner epochs"])
-def test_baselines_are_settings_of_the_same_loop(run, tmp_path, flags):
-    call("grpo.py", "--model", run / "sft/model", "--data", run / "train.jsonl", "--out", tmp_path, "--steps", 1, "--questions", 4,
-         "--max_plan_tokens", 30, "--eval_every", 0, "--save_every", 0, "--lr", 1e-4, *TINY, *flags.split())
+def test_baselines_are_settings_of_the_same_loop(run, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(grpo, "StopSignal", lambda: SimpleNamespace(  # pytest keeps its signal handlers
+        unless_stopped=lambda function, *a, **k: function(*a, **k), agreed=lambda device: 0))
+    main(monkeypatch, grpo, "--model", run / "sft/model", "--data", run / "train.jsonl", "--out", tmp_path, "--steps", 1,
+         "--questions", 4, "--max_plan_tokens", 30, "--eval_every", 0, "--save_every", 0, "--lr", 1e-4, *TINY, *flags.split())
     assert len(lines(tmp_path / "metrics.jsonl")) == 1 and (tmp_path / "model/model.safetensors").exists()
+    assert ("overlong" in lines(tmp_path / "metrics.jsonl")[0]) == ("--overlong_buffer" in flags)
 
 
 def test_two_ranks_train_and_save(run, tmp_path):
@@ -185,16 +195,19 @@ def test_bad_data_is_refused_with_its_line(bad, tmp_path):
     assert "holds no records" in bad("--data", path, script=evaluation)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_weights_that_cannot_be_read_are_named_and_the_old_run_stays(run, tmp_path, ranks):
+def test_weights_that_cannot_be_read_are_named_and_the_old_run_stays(run, tmp_path, monkeypatch):
     shutil.copytree(run / "sft/model", tmp_path / "model")
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "out/step_1").mkdir(parents=True)
     (tmp_path / "out/metrics.jsonl").write_text("{}\n")
-    said = call("grpo.py", "--model", tmp_path / "model", "--data", run / "train.jsonl", "--out", tmp_path / "out", "--overwrite",
-                "--questions", 4, "--max_plan_tokens", 30, *TINY, ranks=ranks, ok=False)
+    command = ["--model", tmp_path / "model", "--data", run / "train.jsonl", "--out", tmp_path / "out", "--overwrite",
+               "--questions", 4, "--max_plan_tokens", 30, *TINY]
+    said = call("grpo.py", *command, ranks=2, ok=False)
     assert said.count("error: no usable weights at") == 1 and "rank 0 failed" not in said
+    monkeypatch.setattr(grpo, "StopSignal", object)
+    with pytest.raises(SystemExit, match="no usable weights at .*; copy the model's files there again"):
+        main(monkeypatch, grpo, *command)
     assert (tmp_path / "out/metrics.jsonl").exists() and (tmp_path / "out/step_1").exists()
 
 
