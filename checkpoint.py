@@ -414,18 +414,19 @@ PATIENCE = 30  # seconds that a rank which refuses to go on leaves to rank 0 to 
 
 
 def guarded(main):
-    """Run a script's `main`. A rank that raises ends the whole job, its sentence or traceback printed once.
+    """Run a script's `main`. A rank that raises ends the whole job, its sentence or traceback printed once (a node).
 
     torchrun stops the other ranks when one leaves; they may not leave by way of their process group, which can wait
     for the dead for ever, and say nothing about the connections that they lost.
     """
-    code, message = 1, ""
+    code, message, orderly = 1, "", False
     try:
         main()
-        code = 0
+        code, orderly = 0, True
     except SystemExit as stop:
         code = stop.code if stop.code in (0, STOPPED) else 0 if stop.code is None else 1
-        if code == 1:
+        orderly = code != 1
+        if not orderly:
             first_to_fail()  # peers that lose this rank are to keep quiet
             message = stop.code if isinstance(stop.code, str) else ""
         if rank() > 0 and message:
@@ -434,12 +435,14 @@ def guarded(main):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(PATIENCE)
             message = f"rank {rank()}: {message}"
-    except KeyboardInterrupt:  # where no StopSignal takes it: evaluation, distillation, the time before a first step
-        code, message = STOPPED, "stopped; --resume goes on from here" if rank() == 0 else ""
+    except KeyboardInterrupt:  # where no StopSignal takes it: evaluation, and before a training's first step
+        for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends the ranks another
+            signal.signal(number, signal.SIG_IGN)
+        code, message = STOPPED, "stopped by Ctrl-C" if first_to_fail() else ""
     except BaseException as error:
         if first_to_fail():
             message = out_of_memory(error) or f"rank {rank()} failed:\n{traceback.format_exc()}"
-    if code != 1 and not message:
+    if orderly:
         close_distributed()
         if world_size() == 1:
             sys.exit(code)

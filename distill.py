@@ -96,6 +96,7 @@ async def ask_rule(records: list[dict], config: Config, report):
             report(record, plan_of(record["solution"]))
         except ValueError as error:
             fail(f"record {record['id']}: {error}; --teacher rule reads the toy task only")
+        await asyncio.sleep(0)  # where Ctrl-C is heard
 
 
 async def ask_local(records: list[dict], config: Config, report):
@@ -120,6 +121,7 @@ async def ask_local(records: list[dict], config: Config, report):
                             stop_ids=stop_ids, seed=config.seed + start * world_size() + rank())
             for record, text in zip(batch, completion_texts(tokenizer, ids, stop_ids)):
                 report(record, text)
+        await asyncio.sleep(0)  # where Ctrl-C is heard
 
 
 async def ask_server(records: list[dict], config: Config, report):
@@ -309,7 +311,7 @@ def main():
            + f", {before} finished before" * (before > 0))
     for reason, count in reasons.most_common():
         print0(f"  {count} {reason}")
-    if stopped:
+    if stopped and left:
         print0("stopped; --resume goes on from here")
         raise SystemExit(STOPPED)
     if unavailable:

@@ -30,8 +30,9 @@ from tqdm import tqdm
 from checkpoint import fingerprint, guarded
 from data.sources import load_jsonl
 from grpo import accuracy, evaluate, load_questions
-from model_utils import (append_jsonl, check_context, fail, gather0, init_distributed, load_config, load_model,
-                         load_tokenizer, make_folder, parse_config, print0, rank, read_settings, world_size, write_whole)
+from model_utils import (append_jsonl, barrier, check_context, fail, gather0, init_distributed, load_config,
+                         load_model, load_tokenizer, make_folder, parse_config, print0, rank, read_settings, world_size,
+                         write_whole)
 from rewards import GRADER_COUNTS, TAG, extract_answer, grader_stats, parse_completion
 
 SAVE_EVERY = 1024  # completions of a rank between two writes of its records, and so at most decoded at once
@@ -265,9 +266,9 @@ def compare_files(paths: tuple[str, ...], seed: int):
         if not records or any("samples" not in record for record in records):
             fail(f"{path} does not hold eval records (id, problem, answer, samples)")
     result = compare(*runs, seed)
-    old, new = ({} if not (file := Path(path).with_name("run.json")).is_file() else json.loads(file.read_text()) for path in paths)
+    old, new = (read_settings(Path(path).with_name("run.json")) for path in paths)
     if old and new:
-        for name in sorted(old.keys() & new.keys() - {"model", "out", "overwrite", "resume", "rollout_rows"}):
+        for name in sorted(old.keys() & new.keys() - {"model", "weights", "out", "overwrite", "resume", "rollout_rows"}):
             if old[name] != new[name]:
                 result["warnings"].append(f"--{name} is {old[name]!r} in the first run and {new[name]!r} in the second")
     else:
@@ -389,34 +390,42 @@ def add_prefixes(problems: list[dict], config: Config, tokenizer) -> list[dict]:
 # Main
 
 def weights_of(path: str, model_config) -> str:
-    """What tells one model's weights from another's: the commit of a hub model, a digest of a folder's files."""
+    """What tells one model from another: the commit of a hub model, a digest of a folder's weights and settings."""
     if not Path(path).is_dir():
         return model_config._commit_hash or ""
-    files = sorted(file for kind in ("safetensors", "bin") for file in Path(path).glob(f"*.{kind}"))
+    files = [file for file in sorted(Path(path).iterdir()) if not file.name.startswith("optimizer")
+             and file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")]
     return hashlib.sha256(json.dumps([[file.name, *fingerprint(file)] for file in files]).encode()).hexdigest()
 
 
-def open_results(config: Config, model_config) -> Path:
-    """Make or check --out and write run.json (rank 0). Raises SystemExit where it holds other results."""
-    out, settings = Path(config.out), asdict(config)
-    if any((out / name).exists() for name in ("records.jsonl", "summary.json")):
-        if not (config.overwrite or config.resume):
-            fail(f"{out} already holds results: choose another --out, pass --resume to go on or --overwrite to replace them")
-        old = read_settings(out / "run.json") if config.resume else {}
-        for name in settings.keys() & old.keys() - {"out", "overwrite", "resume", "rollout_rows"}:
-            if json.loads(json.dumps(settings[name])) != old[name]:
+def check_results(config: Config, model_config) -> dict:
+    """What run.json of --out is to hold. Makes --out, removes nothing; refuses one with other results (SystemExit)."""
+    out, settings = Path(config.out), json.loads(json.dumps(asdict(config)))
+    holds_results = any((out / name).exists() for name in ("records.jsonl", "summary.json"))
+    if holds_results and not (config.overwrite or config.resume):
+        fail(f"{out} already holds results: choose another --out, pass --resume to go on or --overwrite to replace them")
+    if rank() != 0:
+        return settings
+    make_folder(out)
+    settings["weights"] = weights_of(config.model, model_config)
+    if holds_results and config.resume:
+        old = read_settings(out / "run.json")
+        for name in settings.keys() & old.keys() - {"out", "overwrite", "resume", "rollout_rows", "weights"}:
+            if settings[name] != old[name]:
                 fail(f"{out} holds results with --{name} {old[name]}, not {settings[name]}: resume with the same "
                      "settings or choose another --out")
-    else:
-        old = {}
-    if rank() == 0:
-        make_folder(out)
-        settings["weights"] = weights_of(config.model, model_config)
-        if old.get("weights", settings["weights"]) != settings["weights"]:
+        if old.get("weights") != settings["weights"]:
             fail(f"{out} holds results of other weights than {config.model} has now: choose another --out or pass --overwrite")
-        if config.overwrite and not config.resume:
-            (out / "records.jsonl").unlink(missing_ok=True)
-        (out / "summary.json").unlink(missing_ok=True)
+    return settings
+
+
+def open_results(config: Config, settings: dict) -> Path:
+    """Begin to write in --out, which `check_results` has passed, when every rank has loaded its model. A collective."""
+    out = Path(config.out)
+    barrier()
+    if rank() == 0:
+        for old in ("summary.json", *(["records.jsonl"] if config.overwrite else [])):
+            (out / old).unlink(missing_ok=True)
         write_whole(out / "run.json", settings)
     return out
 
@@ -462,22 +471,27 @@ def main():
     check_context(model_config, max(len(p["prompt"]) for p in problems), config.max_completion_tokens)
     if (longest := max(len(p["prefix"]) for p in problems)) >= config.max_completion_tokens:
         fail(f"a given plan of {longest} tokens leaves no room in --max_completion_tokens {config.max_completion_tokens}; raise it")
-    out = open_results(config, model_config)
+    settings = check_results(config, model_config)
     device = init_distributed()
-    done = finished(out / "records.jsonl")
+    done = set() if config.overwrite else finished(Path(config.out) / "records.jsonl")
     todo = [problem for problem in problems if (problem["benchmark"], problem["id"]) not in done]
     if todo:
         # Every rank holds the whole model and answers its share of the problems.
         model = load_model(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    out = open_results(config, settings)
     # Records are written chunk by chunk: what an interruption loses is at most one chunk.
     chunk = max(1, (4 * config.rollout_rows or SAVE_EVERY) // config.n) * world_size()
     with tqdm(total=len(problems), initial=len(done), desc="eval", unit="problem", disable=None if rank() == 0 else True) as bar:
         for start in range(0, len(todo), chunk):
             part = todo[start:start + chunk]
             seed = random.Random(f"{config.seed} {len(done) + start}").getrandbits(60)  # another one each chunk
-            append_jsonl(out / "records.jsonl", evaluate(
-                model, tokenizer, part, n=config.n, temperature=config.temperature, top_p=config.top_p, seed=seed,
-                max_new_tokens=config.max_completion_tokens, max_rows=config.rollout_rows))
+            try:
+                records = evaluate(model, tokenizer, part, n=config.n, temperature=config.temperature, top_p=config.top_p,
+                                   max_new_tokens=config.max_completion_tokens, seed=seed, max_rows=config.rollout_rows)
+            except KeyboardInterrupt:
+                print0(f"{len(done) + start} of {len(problems)} problems are in {out}; --resume goes on from there")
+                raise
+            append_jsonl(out / "records.jsonl", records)
             bar.update(len(part))
     stats = gather0([grader_stats()])  # every rank graded its own share
     if rank() != 0:

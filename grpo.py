@@ -80,7 +80,7 @@ class Config:
     warmup_steps: int = 0  # linear warm-up
     schedule: str = "constant"  # constant, linear or cosine
     weight_decay: float = 0.01  # AdamW, matrices only
-    max_grad_norm: float = 1.0  # gradient-norm clip (> 0)
+    max_grad_norm: float = 1.0  # gradient-norm clip; inf: none (> 0)
     tokens_per_micro_batch: int = 16384  # tokens in one forward and backward, what completions share counted once (>= 1)
     share_prefix: bool = True  # compute the prompt and plan that completions share once in the update, too
     # the run

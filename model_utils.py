@@ -77,6 +77,8 @@ def parse_config(cls, argv: list[str] | None = None):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{field.name}" for field in dataclasses.fields(cls)])
         fail(f"unknown flag {unknown[0]}; " + (f"did you mean {' or '.join(near)}?" if near else "--help lists them all"))
+    if getattr(known, "resume", False) and getattr(known, "overwrite", False):
+        fail("--resume goes on with what --overwrite would remove; pass one of them")
     for name, value in vars(known).items():
         check_range(name, value, comments.get(name, ""))
     return cls(**vars(known))
@@ -88,8 +90,12 @@ def check_range(name: str, value, comment: str):
         return
     compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
     text = re.search(r"\(([<>][^()]*)\)$", comment)
-    bounds = [bound.split() for bound in text[1].split(", ")] if text else [(">=", "0")]
-    if not math.isfinite(value) or value < 0 or not all(compare[sign](value, float(bound)) for sign, bound in bounds):
+    bounds = [bound.split() for bound in text[1].split(", ")] if text else []
+    if not any(sign.startswith(">") for sign, _ in bounds):
+        bounds.insert(0, (">=", "0"))
+    if math.isnan(value) or math.isinf(value) and "inf:" not in comment:
+        fail(f"--{name} must be a finite number, not {value}")
+    if not all(compare[sign](value, float(bound)) for sign, bound in bounds):
         fail(f"--{name} must be {' and '.join(' '.join(bound) for bound in bounds)}, not {value}")
 
 
@@ -291,7 +297,8 @@ def of_usable_weights(load):
         try:
             return load(path, *args, **options)
         except (OSError, SafetensorError) as error:
-            fail(f"no usable weights at {path!r} ({str(error).splitlines()[0][:150]}); copy the model's files there again")
+            remedy = "copy the model's files there again" if Path(path).is_dir() else "look at the network, its id and the free disk"
+            fail(f"no usable weights at {path!r} ({str(error).splitlines()[0][:150]}); {remedy}")
     return run
 
 
@@ -637,7 +644,7 @@ def optimizer_step(model, optimizer, lr: float, max_grad_norm: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
-# What may differ when a run goes on: how long it is, what it writes down, and how its work is laid out on machines.
+# What may differ when a run goes on: --steps, what it writes down, and how its work is laid out on machines.
 # With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
 # (--rollout_rows, free memory) and the number of ranks change which samples are drawn, not their distribution.
 FREE_SETTINGS = {"out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every", "show_every",
@@ -683,15 +690,15 @@ def check_run(settings) -> Path:
     """
     out, folder, resume = settings.out, Path(settings.out), settings.resume
     finished = (folder / "model").exists()
-    if ((folder / "metrics.jsonl").exists() or finished) and not settings.overwrite and not resume:
-        fail(f"{out} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
+    refuse_occupied(folder, settings)
     for name in ("model", "data", "eval_data"):  # a run's own inputs must not lie among what --overwrite removes
         value = getattr(settings, name, "")
         if settings.overwrite and value and folder.resolve() in Path(value).resolve().parents:
             fail(f"--{name} {value} lies in --out {out}, which --overwrite would clear; choose another --out")
     if resume and (saved := read_settings(folder / "run.json")):
         changed = changed_settings(saved, settings, out)
-        done = max((int(path.name[5:]) for path in folder.glob("step_*") if path.name[5:].isdigit()), default=0)
+        done = max((int(path.parent.name[5:]) for path in folder.glob("step_*/manifest.json")
+                    if path.parent.name[5:].isdigit()), default=0)
         then, now = changed.get("steps", (done, done))
         if finished and now != then:
             fail(f"{out} is finished, after --steps {then}: to train on, begin another --out with --model {folder / 'model'}")
@@ -705,24 +712,33 @@ def check_run(settings) -> Path:
     return folder
 
 
-def open_run(folder: Path, settings):
-    """Begin to write in a run folder that `check_run` has passed (rank 0): its settings go to run.json.
+def refuse_occupied(folder: Path, settings):
+    """Refuse a folder that holds a run, unless --resume or --overwrite says what is to become of it."""
+    if not settings.resume and not settings.overwrite and any((folder / name).exists() for name in ("metrics.jsonl", "model")):
+        fail(f"{folder} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
 
-    Called when all that can be wrong has been read, models included: --overwrite removes the old run here. With
-    --resume, settings that have changed are printed, and noted in run.json under "changes".
+
+def open_run(folder: Path, settings):
+    """Begin to write in a run folder that `check_run` has passed: its settings go to run.json.
+
+    Called when all that can be wrong has been read, models included: --overwrite removes the old run here, and its
+    evaluations in eval/. With --resume, settings that have changed are printed, and noted in run.json under "changes".
+    A collective: nothing is removed before every rank has got this far.
     """
+    barrier()
     if rank() != 0:
         return
+    refuse_occupied(folder, settings)  # another run may have begun here while the model was loading
     record = dataclasses.asdict(settings)
     if settings.resume and (saved := read_settings(folder / "run.json")):
         changed = changed_settings(saved, settings, settings.out)
         record["changes"] = saved.get("changes", []) + [changed] * bool(changed)
         for name, (then, now) in changed.items():
             print0(f"--{name} was {then!r} and is {now!r} from here on")
-    elif not settings.resume:
-        for old in ("metrics.jsonl", "rollouts.jsonl"):
+    elif settings.overwrite:
+        for old in ("run.json", "metrics.jsonl", "rollouts.jsonl"):
             (folder / old).unlink(missing_ok=True)
-        for old in (*folder.glob("step_*"), folder / "model"):
+        for old in (*folder.glob("step_[0-9]*"), folder / "model", folder / "eval"):
             shutil.rmtree(old, ignore_errors=True)
     write_whole(folder / "run.json", record)
     write_whole(folder / "machine.json", machine())

@@ -13,7 +13,6 @@ import html
 import io
 import json
 import math
-import os
 import re
 import textwrap
 import time
@@ -414,7 +413,6 @@ def build(paths: list[str], out: Path, page_mb: float = 12.0) -> dict:
                        "left-out": "".join(f"<p class=note>{html.escape(line)}</p>" for line in left_out),
                        "summary": summary_tables(training, evals), "curves": curves, "data": embed(data)}.items():
         page = page.replace(f"<!--{slot}-->", text)  # nothing that is filled in can hold a slot: its `<` are escaped
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     temporary.write_text(page, encoding="utf-8", errors="replace")
     temporary.replace(out)
@@ -483,8 +481,11 @@ def main():
     args = parser.parse_args()
     if args.out.is_dir():
         raise SystemExit(f"error: {args.out} is a folder; --out wants a file such as {args.out / 'report.html'}")
-    if not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
-        raise SystemExit(f"error: cannot write in {args.out.parent}; choose another --out")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.with_name(args.out.name + ".tmp").touch()
+    except OSError as error:
+        raise SystemExit(f"error: cannot write in {args.out.parent} ({error.strerror}); choose another --out") from None
     if not 0 <= args.watch < math.inf or not args.page_mb > 0:
         raise SystemExit("error: --watch must be a number of seconds, and --page_mb more than 0")
     seen = None

@@ -36,7 +36,7 @@ class Config:
     weight_decay: float = 0.01  # AdamW, matrices only
     warmup_steps: int = 20  # linear warm-up
     schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
-    max_grad_norm: float = 1.0  # gradient-norm clip (> 0)
+    max_grad_norm: float = 1.0  # gradient-norm clip; inf: none (> 0)
     val_size: int = 200  # records held out for the validation loss (at most a tenth of the data)
     eval_every: int = 100  # steps between validation losses; 0: only at the end
     save_every: int = 200  # steps between checkpoints to resume from; 0: only the model at the end

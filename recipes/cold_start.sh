@@ -7,11 +7,12 @@ source "$(dirname "$0")/common.sh"
 NAME=${1:?give a model: qwen2.5_7b, llama3.2_3b, qwen3_8b or qwen3_14b}
 model_settings "$NAME"
 shift
-TEACHER=() REST=()  # --teacher and --teacher_model are distill.py's, the others sft.py's
+PLANNER="" SERVED="" REST=()  # --teacher and --teacher_model are distill.py's, the others sft.py's
 while [ $# -gt 0 ]; do
     case "$1" in
-        --teacher=*|--teacher_model=*) TEACHER+=("${1%%=*}" "${1#*=}"); shift ;;
-        --teacher|--teacher_model) TEACHER+=("$1" "${2:?$1 wants a value}"); shift 2 ;;
+        --teacher=*|--teacher_model=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+        --teacher) PLANNER=${2:?$1 wants a value}; shift 2 ;;
+        --teacher_model) SERVED=${2:?$1 wants a value}; shift 2 ;;
         *) REST+=("$1"); shift ;;
     esac
 done
@@ -22,8 +23,10 @@ if dry "$@"; then
     echo "(--model stands for $ID: recipes/shapes holds its shapes without weights)"
     exit
 fi
-given --teacher "${TEACHER[@]}" || { echo "error: give a teacher: --teacher URL --teacher_model NAME, or --teacher with a model folder or hub id" >&2; exit 1; }
-PLANS=$RUNS/plans_$(basename "${TEACHER[-1]}").jsonl
+[ -n "$PLANNER" ] || { echo "error: give a teacher: --teacher URL --teacher_model NAME, or --teacher with a model folder or hub id" >&2; exit 1; }
+TEACHER=(--teacher "$PLANNER" ${SERVED:+--teacher_model "$SERVED"})
+PLANS=${SERVED:-$PLANNER}
+PLANS=$RUNS/plans_${PLANS//[^A-Za-z0-9._-]/_}.jsonl  # one file a teacher
 prepare openthoughts "$RUNS/data/openthoughts.jsonl" --solutions --limit 10000
 python distill.py --data "$RUNS/data/openthoughts.jsonl" --out "$PLANS" "${TEACHER[@]}" --resume
 launch sft.py --model "$ID" --data "$PLANS" --out "$RUNS/${NAME}_sft" --epochs 3 "$@"

@@ -25,8 +25,10 @@ method_settings() {  # equal numbers of completions (12) and, but for what each 
     esac
 }
 
-# flag, words: is it among them?
-given() { local flag=$1; shift; [[ " $* " == *" $flag "* || " $* " == *" $flag="* ]]; }
+given() {  # flag, words: is it among them, and not as false?
+    local flag=$1; shift
+    [[ " $* " =~ \ $flag[\ =] && ! " $* " =~ \ $flag[\ =](false|0|no|off)\  ]]
+}
 dry() { given --dry_run "$@"; }
 # `--` keeps torchrun from reading eval.py's --n as a shortened flag of its own.
 launch() { torchrun --nproc_per_node="$GPUS" -- "$@"; }
@@ -38,9 +40,7 @@ prepare() {  # name, file, flags: a data set once, without what overlaps with th
 }
 
 evaluate() {  # model, output folder, flags: 64 samples at temperature 0.6 and top-p 0.95 (eval.py's defaults)
-    local again=--resume
-    given --overwrite "$@" && again=
-    launch eval.py --model "$1" --data $BENCHMARKS --out "$2" $again "${@:3}"
+    launch eval.py --model "$1" --data $BENCHMARKS --out "$2" --resume "${@:3}"
 }
 
 row() {  # model, method, flags of grpo.py: train from the cold start, then evaluate
@@ -54,7 +54,5 @@ row() {  # model, method, flags of grpo.py: train from the cold start, then eval
     given --model "$@" || [ -d "$RUNS/$1_sft/model" ] || { echo "error: no cold start in $RUNS/$1_sft/model: run recipes/cold_start.sh $1 first" >&2; exit 1; }
     prepare deepmath "$RUNS/data/deepmath.jsonl" --limit 60000
     launch grpo.py --model "$RUNS/$1_sft/model" --data "$RUNS/data/deepmath.jsonl" --out "$out" "${flags[@]}"
-    local again=()
-    given --overwrite "$@" && again=(--overwrite)  # the old results are of the old weights
-    evaluate "$out/model" "$out/eval" --max_completion_tokens "$TOKENS" "${again[@]}"
+    evaluate "$out/model" "$out/eval" --max_completion_tokens "$TOKENS"  # --overwrite has removed the old results there
 }

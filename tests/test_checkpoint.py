@@ -272,7 +272,7 @@ def test_a_failure_becomes_one_message(monkeypatch, capsys):
 
     def interrupted():
         raise KeyboardInterrupt
-    for function, message in ((interrupted, "stopped; --resume goes on from here\n"), (update, "in a micro-batch: lower --tokens_per_micro_batch"),
+    for function, message in ((interrupted, "stopped by Ctrl-C\n"), (update, "in a micro-batch: lower --tokens_per_micro_batch"),
                               (decode, "in a rollout: set --rollout_rows below"), (broken, "ValueError: a bug")):
         guarded(function)
         said = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Distillation: what is kept, resuming, a local teacher, and a real HTTP server that fails before it answers."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -72,6 +73,20 @@ def test_ctrl_c_ends_with_the_code_of_a_stopped_run(problems, tmp_path, monkeypa
         run(monkeypatch, "--teacher", "rule", "--data", problems[0], "--out", tmp_path / "plans.jsonl")
     assert stop.value.code == STOPPED
     assert "1 plans kept, 0 dropped, 11 left to ask" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_heard_by_a_teacher_in_this_process(problems, tmp_path, monkeypatch):
+    read = []
+
+    def plan_of(solution):
+        read.append(solution)
+        if len(read) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return "add them"
+    monkeypatch.setattr(distill, "plan_of", plan_of)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--teacher", "rule", "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+    assert stop.value.code == STOPPED and 3 <= len(read) <= 4
 
 
 def test_no_plan_at_all_is_a_failure_and_leaves_nothing_in_the_way(problems, tmp_path, monkeypatch):

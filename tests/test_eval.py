@@ -291,14 +291,26 @@ def test_a_stopped_evaluation_repeats_and_loses_nothing(run, tmp_path, monkeypat
     assert (tmp_path / "e/summary.json").exists()
 
 
-def test_results_of_other_weights_are_not_resumed(run, start, tmp_path):
+def test_results_of_other_weights_are_not_resumed(run, start, tmp_path, monkeypatch, capsys):
     model = tmp_path / "model"
     shutil.copytree(start / "model", model)
+    run("--model", model, out=tmp_path / "old")
     run("--model", model)
     run("--model", model, "--resume")
     make_model(make_tokenizer(), seed=1, width=32, layers=1, heads=2).save_pretrained(model)
     with pytest.raises(SystemExit, match="holds results of other weights than .*/model has now"):
         run("--model", model, "--resume")
+    (tmp_path / "e/run.json").write_text("{}")
+    with pytest.raises(SystemExit, match="holds results of other weights"):  # nobody knows of which
+        run("--model", model, "--resume")
+    run("--model", model, out=tmp_path / "new")
+    (model / "model.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="no usable weights"):
+        run("--model", model, "--overwrite", out=tmp_path / "new")
+    assert (tmp_path / "new/records.jsonl").exists() and (tmp_path / "new/summary.json").exists()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--compare", *(str(tmp_path / name / "records.jsonl") for name in ("old", "new"))])
+    evaluation.main()
+    assert "warning" not in capsys.readouterr().out  # models are what is compared
 
 
 def test_two_ranks_answer_each_problem_once(start, tmp_path):

@@ -2,6 +2,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ class Settings:
     steps: int = 3  # how many
     lr: float = 1e-3  # how fast, in 1 / step
     share: float = 0.5  # how much (> 0, <= 1)
+    part: float = 0.5  # how much (< 1)
+    most: float = 1.0  # at most; inf: all (> 0)
     name: str = ""  # who
     fast: bool = True  # whether
 
@@ -27,9 +30,10 @@ class Settings:
 
 def test_flags_set_fields_of_their_type():
     config = parse_config(Settings, ["--steps", "7", "--lr", "2e-5", "--name", "x", "--fast", "false"])
-    assert config == Settings(7, 2e-5, 0.5, "x", False)
+    assert config == Settings(7, 2e-5, name="x", fast=False)
     assert parse_config(Settings, ["--fast"]).fast is True and parse_config(Settings, ["--fast=0"]).fast is False
     assert parse_config(Settings, []) == Settings()
+    assert parse_config(Settings, ["--most", "inf"]).most == math.inf
 
 
 @pytest.mark.parametrize("argv, message", [(["--stepz", "3"], "unknown flag --stepz; did you mean --steps"),
@@ -37,8 +41,9 @@ def test_flags_set_fields_of_their_type():
                                            (["--zzz"], "unknown flag --zzz; --help lists them all"),
                                            (["--steps", "many"], "invalid int value: 'many'"),
                                            (["--steps", "-1"], "--steps must be >= 0, not -1"),
-                                           (["--lr", "nan"], "--lr must be >= 0, not nan"),
-                                           (["--lr", "inf"], "--lr must be >= 0, not inf"),
+                                           (["--lr", "nan"], "--lr must be a finite number, not nan"),
+                                           (["--lr", "inf"], "--lr must be a finite number, not inf"),
+                                           (["--part", "-1"], "--part must be >= 0 and < 1, not -1"),
                                            (["--share", "0"], "--share must be > 0 and <= 1, not 0.0"),
                                            (["--share", "1.1"], "--share must be > 0 and <= 1, not 1.1"),
                                            (["--fast", "maybe"], "wants true or false")])
@@ -168,6 +173,8 @@ def test_a_run_folder_is_not_overwritten_unasked(tmp_path, capsys):
     assert (folder / "metrics.jsonl").exists()  # until everything that the new run needs has been loaded
     check_run(settings(resume=True))
     (folder / "step_8").mkdir()
+    check_run(settings(resume=True, steps=5))  # not whole: it will be passed over
+    (folder / "step_8/manifest.json").write_text("{}")
     with pytest.raises(SystemExit, match="past step 8: resume with --steps of at least that"):
         check_run(settings(resume=True, steps=5))
     (folder / "model").mkdir()
@@ -180,9 +187,17 @@ def test_a_run_folder_is_not_overwritten_unasked(tmp_path, capsys):
     with pytest.raises(SystemExit, match="run.json is damaged"):
         check_run(settings(resume=True))
     (folder / "notes.txt").write_text("the user's own")
+    (folder / "step_notes").mkdir()
+    with pytest.raises(SystemExit, match="already holds a run"):  # it has begun since check_run looked
+        open_run(folder, settings())
     open_run(check_run(settings(overwrite=True, steps=9)), settings(overwrite=True, steps=9))
-    assert sorted(path.name for path in folder.iterdir()) == ["machine.json", "notes.txt", "run.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["machine.json", "notes.txt", "run.json", "step_notes"]
     assert json.loads((folder / "run.json").read_text())["steps"] == 9
+
+
+def test_resume_and_overwrite_exclude_each_other():
+    with pytest.raises(SystemExit, match="--resume goes on with what --overwrite would remove; pass one of them"):
+        parse_config(Run, ["--resume", "--overwrite"])
 
 
 def test_overwrite_does_not_clear_a_runs_own_input(tmp_path):

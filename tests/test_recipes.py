@@ -51,19 +51,23 @@ def test_every_row_of_table_1_has_its_script(commands, tmp_path, model, method):
 def test_cold_start(commands):
     lines = commands("cold_start.sh", "qwen3_8b", "--teacher", "Qwen/Qwen3-8B", "--lr", "2e-5")[0]
     assert lines[1:] == [
-        "python distill.py --data TMP/runs/data/openthoughts.jsonl --out TMP/runs/plans_Qwen3-8B.jsonl --teacher Qwen/Qwen3-8B --resume",
-        "torchrun --nproc_per_node=8 -- sft.py --model Qwen/Qwen3-8B --data TMP/runs/plans_Qwen3-8B.jsonl --out TMP/runs/qwen3_8b_sft --epochs 3 --lr 2e-5"]
-    server = commands("cold_start.sh", "qwen3_8b", "--teacher=http://host:8000/v1", "--teacher_model=some/Teacher")[0]
-    assert "--out TMP/runs/plans_Teacher.jsonl --teacher http://host:8000/v1 --teacher_model some/Teacher --resume" in server[1]
+        "python distill.py --data TMP/runs/data/openthoughts.jsonl --out TMP/runs/plans_Qwen_Qwen3-8B.jsonl --teacher Qwen/Qwen3-8B --resume",
+        "torchrun --nproc_per_node=8 -- sft.py --model Qwen/Qwen3-8B --data TMP/runs/plans_Qwen_Qwen3-8B.jsonl --out TMP/runs/qwen3_8b_sft --epochs 3 --lr 2e-5"]
+    for flags in (("--teacher", "http://host:8000/v1", "--teacher_model", "some/Teacher"),
+                  ("--teacher_model=some/Teacher", "--teacher=http://host:8000/v1")):
+        server = commands("cold_start.sh", "qwen3_8b", *flags)[0]
+        assert server[1].endswith("--out TMP/runs/plans_some_Teacher.jsonl --teacher http://host:8000/v1 --teacher_model some/Teacher --resume")
     assert "no model qwen9" in commands("cold_start.sh", "qwen9")[1]
     printed, said = commands("cold_start.sh", "qwen3_8b")
     assert not printed and "give a teacher" in said
 
 
-def test_a_new_run_is_evaluated_anew(commands, tmp_path):
+def test_flags_are_read_with_their_values(commands, tmp_path):
     (tmp_path / "runs/qwen3_8b_sft/model").mkdir(parents=True)
-    train, evaluate = commands("qwen3_8b_grpo.sh", "--overwrite")[0][1:]
-    assert train.endswith("--overwrite") and evaluate.endswith("--overwrite") and "--resume" not in evaluate
+    for flag in ("--dry_run", "--dry_run=true"):
+        assert "recipes/shapes" in commands("qwen3_8b_grpo.sh", flag)[0][0]
+    for flags in (["--dry_run", "false"], ["--dry_run=false"], []):
+        assert len(commands("qwen3_8b_grpo.sh", *flags)[0]) == 3
 
 
 def test_the_defaults_that_recipes_rely_on_are_the_papers():

@@ -131,6 +131,21 @@ def test_ranks_that_fail_alike_print_one_sentence(tmp_path):
     assert said.count("error: no\n") == 1 and "rank 1: error" not in said
 
 
+def test_overwrite_waits_for_the_slowest_rank_to_be_able_to_start(tmp_path):
+    (tmp_path / "run/step_1").mkdir(parents=True)
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    said = refuse(tmp_path, f"""from grpo import Config
+    from model_utils import check_run, init_distributed, open_run
+    checkpoint.PATIENCE = 0
+    settings = Config(out={str(tmp_path / "run")!r}, overwrite=True)
+    folder = check_run(settings)
+    init_distributed("cpu")
+    if rank() == 0:  # rank 1 fails alone
+        open_run(folder, settings)""", ranks=2)
+    assert "rank 1: error: no\n" in said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "step_1"]
+
+
 def test_a_rank_that_fails_alone_speaks_for_itself(tmp_path):
     assert refuse(tmp_path, "checkpoint.PATIENCE = 0", ranks=1, RANK="3") == "rank 3: error: no\n"
 
