@@ -324,6 +324,7 @@ class Interrupted(BaseException):
 
 class StopSignal:
     """The first SIGTERM or SIGINT asks for a stop at the next safe point; a second one ends the process at once."""
+    came = False  # to this process, at any time
 
     def __init__(self):
         self.number, self.interruptible = 0, False
@@ -346,7 +347,7 @@ class StopSignal:
                 os._exit(128 + number)
 
     def _on_signal(self, number: int, frame):
-        self.number = self.number or number
+        self.number, StopSignal.came = self.number or number, True
         if self.interruptible:
             self.interruptible = False
             raise Interrupted
@@ -433,8 +434,8 @@ def guarded(main):
             # Bad input fails on all ranks alike. torchrun stops them all as soon as one has left, which must not be
             # before rank 0 has spoken. A rank that is still here after that failed alone and speaks for itself.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(PATIENCE)
-            message = f"rank {rank()}: {message}"
+            time.sleep(0 if StopSignal.came else PATIENCE)
+            message = "" if StopSignal.came else f"rank {rank()}: {message}"
     except KeyboardInterrupt:  # where no StopSignal takes it: evaluation, and before a training's first step
         for number in (signal.SIGINT, signal.SIGTERM):  # torchrun sends the ranks another
             signal.signal(number, signal.SIG_IGN)
