@@ -24,6 +24,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from eval import compare, summarise
+from model_utils import make_folder
 from rewards import parse_completion, plan_leaks
 
 GROUPS = {  # heading -> metric -> what it means
@@ -481,11 +482,7 @@ def main():
     args = parser.parse_args()
     if args.out.is_dir():
         raise SystemExit(f"error: {args.out} is a folder; --out wants a file such as {args.out / 'report.html'}")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_name(args.out.name + ".tmp").touch()
-    except OSError as error:
-        raise SystemExit(f"error: cannot write in {args.out.parent} ({error.strerror}); choose another --out") from None
+    make_folder(args.out.parent)
     if not 0 <= args.watch < math.inf or not args.page_mb > 0:
         raise SystemExit("error: --watch must be a number of seconds, and --page_mb more than 0")
     seen = None
