@@ -1,5 +1,6 @@
 """Tiny models of real architectures with random weights, made in memory, and the toy task's tokenizer."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)  # workers share the cores
+# A shell without a terminal starts its background jobs deaf to Ctrl-C, their children too; tests of Ctrl-C must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take longest begin first, so that workers end together (with --no-loadscope-reorder).
 SLOW = ("test_smoke", "test_faults", "test_distributed", "test_families", "test_eval", "test_report")
