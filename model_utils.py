@@ -340,7 +340,9 @@ def shard_model(model, device: torch.device | None = None, *, shard_within: str 
     else:
         mesh = init_device_mesh(device.type, (ranks,))
     on_gpu = device.type == "cuda"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if on_gpu else MixedPrecisionPolicy()
+    # Casting a block's inputs would do nothing, since embeddings come in bf16, but hand every block a copy of `packed`.
+    policy = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+              if on_gpu else MixedPrecisionPolicy())
     options = dict(mesh=mesh, mp_policy=policy,
                    offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy())
     for block in blocks:

@@ -10,8 +10,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)  # workers share the cores
-# A shell without a terminal starts its background jobs deaf to Ctrl-C, their children too; tests of Ctrl-C must hear it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files that take longest begin first, so that workers end together (with --no-loadscope-reorder).
 SLOW = ("test_smoke", "test_faults", "test_distributed", "test_families", "test_eval", "test_report")
@@ -20,6 +18,22 @@ FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "gemma"]
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Every test begins with Python's own handlers: an earlier one may have trained in this process, which takes the
+    signals over for good, and a shell starts its background jobs deaf to Ctrl-C."""
+    yield give_signals_back()
+    give_signals_back()
+
+
+def give_signals_back():
+    from checkpoint import StopSignal
+    StopSignal.came = False
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_tiny(family: str, vocab_size: int = 97, seed: int = 0, **settings):

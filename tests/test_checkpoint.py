@@ -35,16 +35,6 @@ class Settings:
     resume: bool = False
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Give the test runner its signal handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    signal.set_wakeup_fd(-1)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 class Trainee:
     """A tiny model with what a checkpoint needs, and a step that moves it."""
 
