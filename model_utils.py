@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -135,12 +136,10 @@ def init_distributed(device: str = "auto") -> torch.device:
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if not dist.is_initialized():
-        if "RANK" in os.environ:
-            # A rank waits for the one whose rollout is longest: the default of ten minutes would end a healthy run.
-            dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(hours=1))
-        elif cuda:
-            dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized() and (cuda or "RANK" in os.environ):
+        # A rank waits for the one whose rollout is longest: the default of ten minutes would end a healthy run.
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", timeout=timedelta(hours=1), **alone)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
@@ -479,17 +478,19 @@ def unsharded(model):
     """
     from torch.distributed.fsdp import FSDPModule
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()  # not recursive
+        # FSDP's hooks would only cost time, and make streams wait for each other, which no CUDA graph can capture.
+        part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
     try:
         yield model
     finally:
         if parts:  # the update wants the memory; and the weights move, under the feet of captured decode steps
             model.kv_cache = None
-        for part in parts:
+        for part, (before, after) in zip(parts, hooks):
+            part._forward_pre_hooks, part._forward_hooks = before, after
             part.reshard()
-            part.set_reshard_after_forward(part is not model, recurse=False)  # FSDP2's own default
 
 
 # ---------------------------------------------------------------------------------------------------------------

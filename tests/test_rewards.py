@@ -480,11 +480,15 @@ def test_batch_budget(stats):
     assert grade(["x+1"], ["1+x"]) == [True]  # what was cut off does not answer the next request
 
 
-def test_slow_answers_wait_for_quick_ones(stats):
+def test_slow_answers_wait_for_quick_ones(stats, monkeypatch):
+    """Time runs out after the first round, on machines of any speed."""
+    real = grader.Pool.round
+    monkeypatch.setattr(grader.Pool, "round", lambda self, pairs, cpu_seconds, stop, known: real(
+        self, pairs, cpu_seconds, stop if cpu_seconds == grader.FIRST_LOOK else 0.0, known))
     hostile = [f"({10**9 + i})!" for i in range(6)]
     honest = [f"{i}+x" for i in range(30)]
-    verdicts = grade([r"\sqrt{2}"] * 6 + [f"x+{i}" for i in range(30)], hostile + honest, budget=2.5)
-    assert verdicts == [False] * 6 + [True] * 30 and stats()["over_budget"] > 0
+    verdicts = grade([r"\sqrt{2}"] * 6 + [f"x+{i}" for i in range(30)], hostile + honest, budget=120.0)
+    assert verdicts == [False] * 6 + [True] * 30 and stats()["over_budget"] == 6
 
 
 class _Silent(Exception):

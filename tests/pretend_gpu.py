@@ -1,0 +1,200 @@
+"""A GPU for a machine without one: a stage runs with all that it does on GPUs only, and what a GPU refuses is refused.
+
+    python tests/pretend_gpu.py grpo.py --model ...        any stage and its flags; prints how often the GPU was used
+
+Tensors stay in CPU memory, but those "on the GPU" say so, and these fail as they would there: an operation on tensors of
+both kinds, a GPU tensor's numpy(), a copy between devices or a wait for a result while a CUDA graph is captured. Graphs
+replay the operations that were captured, on the same memory. FSDP2 runs on a group of one rank, over gloo, with the
+GPU's bf16 compute. Kernels, streams, nccl and sizes of memory are not pretended.
+"""
+import importlib
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+import torch.distributed.device_mesh as device_mesh
+import torch.distributed.fsdp  # before torch is changed below, as the next ones
+import torch.distributed.tensor
+import transformers.modeling_utils
+from torch.distributed.fsdp import _fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from checkpoint import guarded
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+places: dict[int, tuple[StorageWeakRef, torch.device]] = {}  # storage -> where it pretends to be
+used, capturing = Counter(), []
+real_empty, real_to, RealGenerator = torch.empty, torch.Tensor.to, torch.Generator
+
+# Look at a tensor, or change what hangs on it, without computing: allowed anywhere.
+LOOKS = set("""size dim __len__ __hash__ numel stride requires_grad_ is_floating_point is_complex element_size data_ptr
+    untyped_storage storage_offset is_contiguous backward register_hook is_pinned _has_compatible_shallow_copy_type""".split())
+WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"}
+FACTORIES = {"tensor", "zeros", "ones", "arange", "full", "from_numpy", "as_tensor", "frombuffer", "asarray"}
+
+
+def storage(tensor: torch.Tensor):
+    tensor = getattr(tensor, "_local_tensor", tensor)  # a DTensor is where its part is
+    return None if tensor.is_meta else tensor.untyped_storage()
+
+
+def place(tensor: torch.Tensor) -> torch.device | None:
+    """GPU or CPU; None if the tensor came from where this file does not look, like autograd, and may be either."""
+    reference, device = places.get(getattr(storage(tensor), "_cdata", None), (None, None))
+    return None if reference is None or reference.expired() else device
+
+
+def put(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if (memory := storage(tensor)) is not None:
+        places[memory._cdata] = StorageWeakRef(memory), device
+    return tensor
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def is_gpu(device) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def refuse_while_capturing(what: str):
+    if capturing:
+        raise RuntimeError(f"operation not permitted when stream is capturing: {what}")
+
+
+def to(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Tensor.to, where a change of place is a copy."""
+    names = [a for a in (*args, kwargs.pop("device", None)) if isinstance(a, (str, torch.device))]
+    names += [place(a) or CPU for a in args if isinstance(a, torch.Tensor)]
+    if not names or tensor.is_meta or torch.device(names[0]).type == "meta":
+        return real_to(tensor, *args, **kwargs, **({"device": names[0]} if names and names[0] not in args else {}))
+    dtypes = [a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)]
+    new, before = (real_to(tensor, *dtypes) if dtypes else tensor), place(tensor)
+    if is_gpu(names[0]) != (before == GPU):
+        refuse_while_capturing("a copy between devices")
+        new = new.clone() if new is tensor else new
+    return put(new, GPU if is_gpu(names[0]) else CPU)
+
+
+def empty(*size, device=None, **options) -> torch.Tensor:
+    return put(real_empty(*size, **options), GPU) if is_gpu(device) else real_empty(*size, device=device, **options)
+
+
+class PretendGPU(TorchFunctionMode):
+    """Sees every call of torch from Python."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        if name in ("__get__", "__set__"):  # an attribute
+            attribute = getattr(getattr(function, "__self__", None), "__name__", "")
+            if name == "__get__" and attribute in ("device", "is_cuda") and place(args[0]) == GPU:
+                return GPU if attribute == "device" else True
+            value = function(*args, **kwargs)
+            if attribute == "grad" and name == "__get__" and value is not None and place(args[0]):
+                put(value, place(args[0]))
+            return value
+        if name in LOOKS:
+            return function(*args, **kwargs)
+        wanted = kwargs.get("device")
+        if is_gpu(wanted):
+            kwargs["device"] = CPU
+            if name == "tensor":
+                refuse_while_capturing("torch.tensor of Python numbers on a GPU")
+        found = tensors((args, kwargs))
+        gpu = [t for t in found if place(t) == GPU]
+        cpu = [t for t in found if place(t) == CPU and t.dim() > 0]  # a number may be anywhere
+        if name in WAITS and gpu:
+            refuse_while_capturing(name)
+            if name == "numpy":
+                raise TypeError("can't convert cuda:0 device type tensor to numpy")
+            if name == "cpu":
+                return put(args[0].clone(), CPU)
+        if gpu and cpu and name != "copy_":
+            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices in "
+                               f"{name}: {[(str(place(t)), tuple(t.shape)) for t in found]}")
+        result = function(*args, **kwargs)
+        used["operations"] += bool(gpu)
+        if name != "copy_" and (wanted is not None or gpu or cpu or name in FACTORIES):
+            for tensor in tensors(result):
+                put(tensor, GPU if is_gpu(wanted) or gpu and wanted is None else CPU)
+        return result
+
+
+class Graph:
+    """What torch.cuda.CUDAGraph does: the captured operations again, on the memory that they had."""
+
+    def __init__(self):
+        self.calls = []
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        used["replays"] += 1
+        for function, args, kwargs, before in self.calls:
+            for old, new in zip(tensors(before), tensors(function(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():  # neither a view nor written in place
+                    old.copy_(new)
+
+
+class Capture(TorchDispatchMode):
+    """What torch.cuda.graph does. (The operations do run, unlike there: what they write is written again by a replay.)"""
+
+    def __init__(self, graph: Graph, pool=None):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.graph.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def __enter__(self):
+        used["captures"] += 1
+        capturing.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        capturing.pop()
+        return super().__exit__(*error)
+
+
+def pretend():
+    """Change torch, for good: call it in a process that does nothing else."""
+    cuda = dict(is_available=lambda: True, set_device=lambda device: None, current_device=lambda: 0, device_count=lambda: 1,
+                get_device_name=lambda i=0: "a pretended GPU", empty_cache=lambda: None,
+                mem_get_info=lambda device=None: (4 * 10**9, 80 * 10**9), CUDAGraph=Graph, graph=Capture)
+    for name, value in cuda.items():
+        setattr(torch.cuda, name, value)
+    torch.Tensor.to, torch.empty, torch.Generator = to, empty, lambda device=None: RealGenerator()
+    start_group, make_mesh, handle = dist.init_process_group, device_mesh.init_device_mesh, device_mesh._get_device_handle
+    dist.init_process_group = lambda backend, **options: start_group("gloo", **options)
+    device_mesh.init_device_mesh = lambda kind, *args, **options: make_mesh("cpu", *args, **options)
+    for part in ("_fully_shard", "_fsdp_init", "_fsdp_param", "_fsdp_param_group", "_fsdp_state", "_fsdp_collectives"):
+        module = importlib.import_module(f"{_fully_shard.__name__}.{part}")
+        for name, value in (("_get_device_from_mesh", lambda mesh: GPU), ("_get_device_handle", lambda kind: handle("cpu"))):
+            if hasattr(module, name):
+                setattr(module, name, value)
+
+
+if __name__ == "__main__":
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(variable, None)
+    pretend()
+    stage = importlib.import_module(Path(sys.argv.pop(1)).stem)
+
+    def main():
+        with PretendGPU():
+            stage.main()
+        print(json.dumps(used))
+    guarded(main)
