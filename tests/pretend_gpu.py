@@ -4,12 +4,11 @@
 
 Tensors stay in CPU memory, but those "on the GPU" say so, and these fail as they would there: an operation on tensors of
 both kinds, a GPU tensor's numpy(), a copy between devices or a wait for a result while a CUDA graph is captured. Graphs
-replay the operations that were captured, on the same memory. FSDP2 runs on a group of one rank, over gloo, with the
-GPU's bf16 compute. Kernels, streams, nccl and sizes of memory are not pretended.
+replay the operations that were captured, on the same memory. FSDP2 runs over gloo, with the GPU's bf16 compute, under
+torchrun too. Kernels, streams, nccl and sizes of memory are not pretended.
 """
 import importlib
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -119,6 +118,8 @@ class PretendGPU(TorchFunctionMode):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy")
             if name == "cpu":
                 return put(args[0].clone(), CPU)
+        if name == "pin_memory":
+            return args[0]
         if gpu and cpu and name != "copy_":
             raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices in "
                                f"{name}: {[(str(place(t)), tuple(t.shape)) for t in found]}")
@@ -188,8 +189,6 @@ def pretend():
 
 
 if __name__ == "__main__":
-    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(variable, None)
     pretend()
     stage = importlib.import_module(Path(sys.argv.pop(1)).stem)
 
