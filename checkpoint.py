@@ -32,8 +32,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model_utils import (all_max, barrier, changed_settings, everyone, fail, fill, local, model_tensors, open_tensors,
-                         print0, rank, read_rows, world_size)
+from model_utils import (all_max, barrier, everyone, fail, fill, local, model_tensors, open_tensors, print0, rank,
+                         read_rows, world_size)
+from run_folder import changed_settings
 
 FILE_BYTES = 4 << 30
 STOPPED = 75  # exit code of a run that was asked to stop and saved: EX_TEMPFAIL, "try again later"

@@ -33,9 +33,10 @@ from checkpoint import STOPPED, guarded
 from data.sources import load_jsonl, load_records
 from data.toy import plan_of
 from grpo import completion_texts, sample
-from model_utils import (barrier, everyone, fail, find_stop_ids, init_distributed, load_config, load_model, load_tokenizer,
-                         make_folder, parse_config, print0, rank, world_size)
+from model_utils import (barrier, everyone, fail, find_stop_ids, init_distributed, load_config, load_model,
+                         load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import TAG, plan_leaks
+from run_folder import make_folder
 
 
 @dataclass

@@ -30,10 +30,10 @@ from tqdm import tqdm
 from checkpoint import fingerprint, guarded
 from data.sources import load_jsonl
 from grpo import accuracy, evaluate, load_questions
-from model_utils import (append_jsonl, barrier, check_context, fail, gather0, init_distributed, load_config,
-                         load_model, load_tokenizer, make_folder, parse_config, print0, rank, read_settings, world_size,
-                         write_whole)
+from model_utils import (barrier, check_context, fail, gather0, init_distributed, load_config, load_model,
+                         load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import GRADER_COUNTS, TAG, extract_answer, grader_stats, parse_completion
+from run_folder import append_jsonl, make_folder, read_settings, write_whole
 
 SAVE_EVERY = 1024  # completions of a rank between two writes of its records, and so at most decoded at once
 

@@ -28,13 +28,14 @@ from attention import KVCache, Packed, pack, pad_batch
 from checkpoint import Checkpoints, StopSignal, guarded, resume, stop_run
 from data.sources import load_records, parse_name
 from memory import dry_run
-from model_utils import (all_sum, append_jsonl, check_common, check_context, check_run, encode_prompt, fail, find_stop_ids,
-                         gather0, gather_all, init_distributed, load_config, load_sharded, load_tokenizer, lr_at,
-                         make_optimizer, micro_batches, open_logger, open_run, optimizer_step, parse_config, print0,
-                         progress, rank, reserve_cache, unsharded, without_autograd, world_size)
+from model_utils import (all_sum, check_common, check_context, encode_prompt, fail, find_stop_ids, gather0, gather_all,
+                         init_distributed, load_config, load_sharded, load_tokenizer, lr_at, make_optimizer,
+                         micro_batches, optimizer_step, parse_config, print0, progress, rank, reserve_cache, unsharded,
+                         without_autograd, world_size)
 from rewards import (GRADER_COUNTS, check_golds, extract_answer, grade, grader_stats, overlong_penalty, parse_completion,
                      total_reward)
 from rollout_log import note_tokens, rollout_metrics, rollout_record, show_record
+from run_folder import append_jsonl, check_run, open_logger, open_run
 
 
 ADMIT = 0.25  # waiting rows are admitted when this share of the slots is free

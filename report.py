@@ -24,8 +24,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from eval import compare, summarise
-from model_utils import make_folder
 from rewards import parse_completion, plan_leaks
+from run_folder import make_folder
 
 GROUPS = {  # heading -> metric -> what it means
     "Accuracy and reward": {

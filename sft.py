@@ -18,10 +18,11 @@ from attention import pack
 from checkpoint import Checkpoints, StopSignal, guarded, resume
 from data.sources import load_records
 from memory import dry_run
-from model_utils import (all_sum, append_jsonl, check_common, check_run, encode_prompt, fail, init_distributed, load_config,
-                         load_sharded, load_tokenizer, lr_at, make_optimizer, micro_batches, open_logger, open_run,
-                         optimizer_step, parse_config, print0, progress, rank, world_size)
+from model_utils import (all_sum, check_common, encode_prompt, fail, init_distributed, load_config, load_sharded,
+                         load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config, print0,
+                         progress, rank, world_size)
 from rewards import build_completion
+from run_folder import append_jsonl, check_run, open_logger, open_run
 
 
 @dataclass

@@ -21,7 +21,8 @@ from bench.faults import metrics, same
 from checkpoint import STOPPED, Checkpoints, StopSignal, damage, guarded, plan_files, resume, step_folders
 from conftest import make_tiny
 from data.toy import make_model, make_problems, make_tokenizer
-from model_utils import append_jsonl, changed_settings, check_run, make_optimizer, open_run, optimizer_step, shard_model
+from model_utils import make_optimizer, optimizer_step, shard_model
+from run_folder import append_jsonl, changed_settings, check_run, open_run
 
 
 @dataclasses.dataclass

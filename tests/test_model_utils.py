@@ -10,8 +10,9 @@ import torch
 from attention import pack
 from conftest import make_tiny
 from data.toy import make_tokenizer
-from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, append_jsonl, check_context, check_run, encode_prompt, find_stop_ids,
-                         lr_at, make_optimizer, micro_batches, open_run, optimizer_step, parse_config)
+from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, find_stop_ids, lr_at,
+                         make_optimizer, micro_batches, optimizer_step, parse_config)
+from run_folder import append_jsonl, check_run, open_run
 
 
 @dataclasses.dataclass

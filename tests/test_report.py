@@ -19,7 +19,8 @@ import grpo
 import report
 import rollout_log
 from data.toy import make_model, make_tokenizer
-from model_utils import LOGGERS, check_common, open_logger, print0, progress, shard_model
+from model_utils import LOGGERS, check_common, print0, progress, shard_model
+from run_folder import open_logger
 
 HOSTILE = ["</script><script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>", "<!--data--><!--summary-->",
            "\u2028\u2029\u202eright to left\u0000\u001b[31m\u200b", "\ud800 alone", "&lt;b&gt; \\u003cb> `${1}` {{7*7}}",

@@ -135,7 +135,8 @@ def test_overwrite_waits_for_the_slowest_rank_to_be_able_to_start(tmp_path):
     (tmp_path / "run/step_1").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     said = refuse(tmp_path, f"""from grpo import Config
-    from model_utils import check_run, init_distributed, open_run
+    from model_utils import init_distributed
+    from run_folder import check_run, open_run
     checkpoint.PATIENCE = 0
     settings = Config(out={str(tmp_path / "run")!r}, overwrite=True)
     folder = check_run(settings)

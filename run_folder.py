@@ -1,0 +1,162 @@
+"""A run's folder: opened, refused or cleared; the settings, metrics and records that are written in it.
+
+`run.json` holds the settings, `machine.json` hardware and versions, `metrics.jsonl` a line a step, `rollouts.jsonl` logged
+rollouts; checkpoints and the final model are checkpoint.py's.
+"""
+import atexit
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model_utils import barrier, fail, print0, rank, world_size
+
+# What may differ when a run goes on: --steps, what it writes down, and how its work is laid out on machines.
+# With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
+# (--rollout_rows, free memory) and the number of ranks change which samples are drawn, not their distribution.
+FREE_SETTINGS = {"out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every", "show_every",
+                 "show_tokens", "log", "max_skipped", "tokens_per_micro_batch", "rollout_rows", "shard_within",
+                 "activation_checkpointing", "cpu_offload"}
+
+
+def changed_settings(saved: dict, settings, where: str) -> dict[str, list]:
+    """Free settings that differ from the `saved` ones, as name -> [then, now]. Raises SystemExit if others differ."""
+    changed = {field.name: [saved.get(field.name, field.default), getattr(settings, field.name)]
+               for field in dataclasses.fields(settings)}
+    changed = {name: pair for name, pair in changed.items() if pair[0] != pair[1]}
+    if fixed := [name for name in changed if name not in FREE_SETTINGS]:
+        fail(f"{where} belongs to another configuration: " + ", ".join(
+            f"--{name} was {changed[name][0]!r}, not {changed[name][1]!r}" for name in fixed)
+            + "; resume with the settings of its run.json, or choose another --out")
+    return {name: pair for name, pair in changed.items() if name not in ("out", "overwrite", "resume")}
+
+
+def read_settings(path: Path) -> dict:
+    """The settings that a run.json holds; {} where there is none. Raises SystemExit with the remedy."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        fail(f"{path} is damaged: restore it, or remove it to go on without its check of settings")
+
+
+def make_folder(path: Path):
+    """Make the folder of --out with its parents and see that it can be written. Raises SystemExit with the remedy."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        fail(f"cannot write in {path} ({error.strerror}); choose another --out")
+
+
+def check_run(settings) -> Path:
+    """The run folder --out, made if need be; refuses one that holds a run, unless told otherwise. Removes nothing yet.
+
+    With --resume the run's settings are compared with these. Raises SystemExit with the remedy, or with code 0 where
+    the run is finished already: a command that is queued again and again then ends as the last one did.
+    """
+    out, folder, resume = settings.out, Path(settings.out), settings.resume
+    finished = (folder / "model").exists()
+    refuse_occupied(folder, settings)
+    for name in ("model", "data", "eval_data"):  # a run's own inputs must not lie among what --overwrite removes
+        value = getattr(settings, name, "")
+        if settings.overwrite and value and folder.resolve() in Path(value).resolve().parents:
+            fail(f"--{name} {value} lies in --out {out}, which --overwrite would clear; choose another --out")
+    if resume and (saved := read_settings(folder / "run.json")):
+        changed = changed_settings(saved, settings, out)
+        done = max((int(path.parent.name[5:]) for path in folder.glob("step_*/manifest.json")
+                    if path.parent.name[5:].isdigit()), default=0)
+        then, now = changed.get("steps", (done, done))
+        if finished and now != then:
+            fail(f"{out} is finished, after --steps {then}: to train on, begin another --out with --model {folder / 'model'}")
+        if now < done:
+            fail(f"{out} is past step {done}: resume with --steps of at least that")
+    if resume and finished:
+        print0(f"{out} is finished: nothing to resume (--overwrite would begin again)")
+        raise SystemExit(0)
+    if rank() == 0:
+        make_folder(folder)
+    return folder
+
+
+def refuse_occupied(folder: Path, settings):
+    """Refuse a folder that holds a run, unless --resume or --overwrite says what is to become of it."""
+    if not settings.resume and not settings.overwrite and any((folder / name).exists() for name in ("metrics.jsonl", "model")):
+        fail(f"{folder} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
+
+
+def open_run(folder: Path, settings):
+    """Begin to write in a run folder that `check_run` has passed: its settings go to run.json.
+
+    Called when all that can be wrong has been read, models included: --overwrite removes the old run here, and its
+    evaluations in eval/. With --resume, settings that have changed are printed, and noted in run.json under "changes".
+    A collective: nothing is removed before every rank has got this far.
+    """
+    barrier()
+    if rank() != 0:
+        return
+    refuse_occupied(folder, settings)  # another run may have begun here while the model was loading
+    record = dataclasses.asdict(settings)
+    if settings.resume and (saved := read_settings(folder / "run.json")):
+        changed = changed_settings(saved, settings, settings.out)
+        record["changes"] = saved.get("changes", []) + [changed] * bool(changed)
+        for name, (then, now) in changed.items():
+            print0(f"--{name} was {then!r} and is {now!r} from here on")
+    elif settings.overwrite:
+        for old in ("run.json", "metrics.jsonl", "rollouts.jsonl"):
+            (folder / old).unlink(missing_ok=True)
+        for old in (*folder.glob("step_[0-9]*"), folder / "model", folder / "eval"):
+            shutil.rmtree(old, ignore_errors=True)
+    write_whole(folder / "run.json", record)
+    write_whole(folder / "machine.json", machine())
+
+
+def write_whole(path: Path, value):
+    """Write JSON in one go: a kill in mid-write leaves the old file, not half a new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def append_jsonl(path: Path, records: list[dict]):
+    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system."""
+    if rank() == 0:
+        with open(path, "a") as handle:
+            handle.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+def machine() -> dict[str, str]:
+    """Hardware and versions that a run's figures depend on."""
+    from importlib.metadata import version
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"device": f"{len(gpus)} x {gpus[0]}" if gpus else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+            "ranks": str(world_size()), "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": version("transformers"), "system": platform.system()}
+
+
+def open_logger(name: str, folder: Path, settings) -> Callable[[dict], None]:
+    """A function that sends one step's metrics to `name` (one of model_utils.LOGGERS; empty: nowhere), called as in
+    metrics.jsonl. Only rank 0 logs, and only the package asked for is imported.
+    """
+    if not name or rank() != 0:
+        return lambda metrics: None
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder / "tensorboard")
+        atexit.register(writer.close)
+
+        def log(metrics: dict):
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, metrics["step"])
+        return log
+    package = importlib.import_module(name)  # wandb, and trackio, which speaks its language
+    package.init(project="pta-grpo", name=folder.name, config=dataclasses.asdict(settings))
+    atexit.register(package.finish)
+    return lambda metrics: package.log(metrics, step=metrics["step"])
