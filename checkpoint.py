@@ -403,7 +403,9 @@ def out_of_memory(error: BaseException) -> str | None:
     if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
         return None
     where = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-    if "decode" in where:
+    if "ask_local" in where:
+        remedy = "in the teacher: lower --concurrency"
+    elif "decode" in where:
         remedy = "in a rollout: set --rollout_rows below the rows that the line 'KV cache' named, or lower --max_completion_tokens"
     elif where & {"update", "score", "sft_loss"}:
         remedy = "in a micro-batch: lower --tokens_per_micro_batch, or turn on --activation_checkpointing or --cpu_offload"

@@ -86,7 +86,7 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
         "weights": sharded * 4 * count / ranks,
         "gradients": sharded * 4 * count / ranks,
         "optimiser": sharded * 8 * count / ranks,
-        "reference": sharded * 4 * count / ranks if reference else 0,
+        "reference": sharded * itemsize * count / ranks if reference else 0,
         # fp32 on one CPU rank: the weights themselves
         "gathered for rollout": itemsize * count if dtype != torch.float32 or ranks > 1 else 0,
         "KV cache": rows * row_cache,
@@ -95,7 +95,7 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
                                else len(blocks) * per_block),
         # Of a chunk, made again in the backward pass: logits, log-softmax and two temporaries in fp32, and, where that is
         # another dtype, the logits as they came.
-        "logprobs": min(max(1, CHUNK_LOGITS // vocabulary), micro_tokens) * vocabulary
+        "logprobs": min(max(1, CHUNK_LOGITS["cpu" if dtype == torch.float32 else "cuda"] // vocabulary), micro_tokens) * vocabulary
                     * (4 * 4 + (itemsize if dtype != torch.float32 else 0)),
         # What is gathered at once: the root's group and two blocks, and gradients of one before they are reduced.
         "gathered for update": (itemsize * (root + 2 * block) + (itemsize + 4) * max(root, block)) if ranks > 1 else 0,

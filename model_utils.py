@@ -133,6 +133,8 @@ def init_distributed(device: str = "auto") -> torch.device:
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # cuDNN's attention makes and keeps a plan for every new shape, and packed batches are of ever new shapes.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if not dist.is_initialized() and (cuda or "RANK" in os.environ):
         # A rank waits for the one whose rollout is longest: the default of ten minutes would end a healthy run.
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -355,18 +357,18 @@ def _checkpointed(forward, *args, **kwargs):
 
 
 @of_usable_weights
-def load_sharded(path: str, device: torch.device, **options):
+def load_sharded(path: str, device: torch.device, dtype: torch.dtype = torch.float32, **options):
     """load_model and shard_model (whose `options` these are) in one, without the whole model on any rank.
 
     The model is made without storage and cut; then each rank reads its own rows from the safetensors files. Where
     their names are not the model's own (transformers renames some on loading), rank 0 loads and broadcasts them.
     """
     if not dist.is_initialized():
-        return shard_model(load_model(path, device), device, **options)
+        return shard_model(load_model(path, device, dtype), device, **options)
     from transformers import AutoModelForCausalLM, GenerationConfig
     config = load_config(path)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(path)
     shard_model(model, device, **options)
@@ -387,7 +389,7 @@ def load_sharded(path: str, device: torch.device, **options):
     else:
         whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict() if rank() == 0 else {}
         for name, tensor in model_tensors(model).items():
-            value = whole[name].to(device, torch.float32) if rank() == 0 else torch.empty(tensor.shape, device=device)
+            value = whole[name].to(device, dtype) if rank() == 0 else torch.empty(tensor.shape, dtype=dtype, device=device)
             dist.broadcast(value, 0)
             with torch.no_grad():
                 local(tensor).copy_(value[local_rows(tensor)] if tensor.ndim else value)
@@ -548,7 +550,9 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
 # ---------------------------------------------------------------------------------------------------------------
 # Logprobs of given sequences
 
-CHUNK_LOGITS = 2**25  # logits made at a time: 128 MiB in fp32
+# Logits made at a time: 128 MiB in fp32, 512 on a GPU. Of each chunk the head gets a gradient, and in bf16 many additions
+# would lose digits.
+CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 
 
 def _head(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -577,7 +581,7 @@ def token_logprobs(model, packed: Packed, temperature: float = 1.0,
                                  packed=packed).last_hidden_state[0]  # (N, D)
     if not packed.seen:  # sequences would have seen each other
         fail(f"{type(model).__name__} does not hand its arguments on to its attention layers: it cannot train packed")
-    chunk = chunk or max(1, CHUNK_LOGITS // model.config.get_text_config().vocab_size)
+    chunk = chunk or max(1, CHUNK_LOGITS[hidden.device.type] // model.config.get_text_config().vocab_size)
     parts = [checkpoint(_head, model, h, t, temperature, use_reentrant=False)
              for h, t in zip(hidden[packed.parents].split(chunk), packed.ids[packed.targets].split(chunk))]
     return tuple(torch.where(packed.mask, torch.cat(part)[packed.columns], 0.0) for part in zip(*parts))

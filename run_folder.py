@@ -22,8 +22,8 @@ from model_utils import barrier, fail, print0, rank, world_size
 # With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
 # (--rollout_rows, free memory) and the number of ranks change which samples are drawn, not their distribution.
 FREE_SETTINGS = {"out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every", "show_every",
-                 "show_tokens", "log", "max_skipped", "tokens_per_micro_batch", "rollout_rows", "shard_within",
-                 "activation_checkpointing", "cpu_offload"}
+                 "show_tokens", "log", "max_skipped", "tokens_per_micro_batch", "rollout_rows", "cuda_graphs",
+                 "shard_within", "activation_checkpointing", "cpu_offload"}
 
 
 def changed_settings(saved: dict, settings, where: str) -> dict[str, list]:

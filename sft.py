@@ -69,12 +69,11 @@ def encode_record(tokenizer, record: dict, use_plan: bool) -> tuple[list[int], i
     return prompt + ids, len(prompt)
 
 
-def sft_loss(model, batch: list[tuple[list[int], int]], denominator: int, tokens: int, train: bool) -> float:
+def sft_loss(model, batch: list[tuple[list[int], int]], denominator: int, tokens: int, device, train: bool) -> float:
     """Token loss (Eq. 1), summed over the rows of all ranks, over `denominator`; `train` accumulates gradients.
 
     `batch` holds this rank's rows; `tokens` bounds a micro-batch.
     """
-    device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for rows in micro_batches([ids for ids, _ in batch], tokens, device, share=False):
         packed = pack([batch[i][0] for i in rows], [batch[i][1] for i in rows], device, share=False)
@@ -144,14 +143,14 @@ def main():
         batch = [train[i] for i in order[position * config.batch_size:(position + 1) * config.batch_size]]
         tokens = count_tokens(batch)  # one denominator for all micro-batches and ranks
         lr = lr_at(step, steps, config.lr, config.warmup_steps, config.schedule)
-        loss = sft_loss(model, batch[rank()::world_size()], tokens, config.tokens_per_micro_batch, train=True)
+        loss = sft_loss(model, batch[rank()::world_size()], tokens, config.tokens_per_micro_batch, device, train=True)
         grad_norm = optimizer_step(model, optimizer, lr, config.max_grad_norm)
         metrics = {"step": step + 1, "epoch": (step + 1) / per_epoch, "loss": loss, "grad_norm": grad_norm,
                    "lr": lr, "tokens_per_s": tokens / (time.time() - began)}
         last = step + 1 == steps
         if validation and (last or config.eval_every and (step + 1) % config.eval_every == 0):
             metrics["val_loss"] = sft_loss(model, validation[rank()::world_size()], count_tokens(validation),
-                                           config.tokens_per_micro_batch, train=False)
+                                           config.tokens_per_micro_batch, device, train=False)
             print0(f"step {step + 1}/{steps}  loss {metrics['loss']:.4f}  val_loss {metrics['val_loss']:.4f}  "
                    f"grad_norm {grad_norm:.2f}  {metrics['tokens_per_s']:.0f} tokens/s")
         append_jsonl(folder / "metrics.jsonl", [metrics])

@@ -35,6 +35,8 @@ def main():
         micros = make_micros(rows[share], prompts, advantages[share], config, device)
         for micro, logprobs in zip(micros, score(reference, micros, config.temperature)):
             micro.ref_logprobs = logprobs
+        # Gathered only while they are needed.
+        assert hasattr(reference.get_output_embeddings().weight, "placements") == (world_size() > 1)
         metrics = update(model, optimizer, micros, config, 1e-2)
         figures.append([metrics["loss"], metrics["grad_norm"], metrics["kl"], metrics["entropy"]])
         # Ranks decode different numbers of tokens between updates: no collective, no hang, and the new weights.

@@ -7,6 +7,7 @@ both kinds, a GPU tensor's numpy(), a copy between devices or a wait for a resul
 replay the operations that were captured, on the same memory. FSDP2 runs over gloo, with the GPU's bf16 compute, under
 torchrun too. Kernels, streams, nccl and sizes of memory are not pretended.
 """
+import contextlib
 import importlib
 import json
 import sys
@@ -174,7 +175,8 @@ def pretend():
     """Change torch, for good: call it in a process that does nothing else."""
     cuda = dict(is_available=lambda: True, set_device=lambda device: None, current_device=lambda: 0, device_count=lambda: 1,
                 get_device_name=lambda i=0: "a pretended GPU", empty_cache=lambda: None,
-                mem_get_info=lambda device=None: (4 * 10**9, 80 * 10**9), CUDAGraph=Graph, graph=Capture)
+                mem_get_info=lambda device=None: (4 * 10**9, 80 * 10**9), CUDAGraph=Graph, graph=Capture,
+                current_stream=lambda: None, stream=contextlib.nullcontext)
     for name, value in cuda.items():
         setattr(torch.cuda, name, value)
     torch.Tensor.to, torch.empty, torch.Generator = to, empty, lambda device=None: RealGenerator()

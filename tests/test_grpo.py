@@ -43,14 +43,14 @@ def test_greedy_cached_decoding_equals_uncached(tiny, family, max_rows):
         assert torch.allclose(torch.tensor(logprobs[row]), dense[range(len(expected)), expected], atol=1e-4)
 
 
-@pytest.mark.parametrize("sound", [True, False], ids=["replayed", "replay differs"])
-def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, sound):
+@pytest.mark.parametrize("failure", [None, "its result differs", "not permitted"])
+def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, failure):
     """CUDA graphs' bookkeeping without CUDA: a stand-in graph runs the captured step again, on its own inputs."""
     model, real, captured = make_tiny("qwen3"), grpo.forward_step, []
 
     class Graph:
         def replay(self):
-            self.call[1].logits[:len(self.call[2])] = real(*self.call) + (not sound)
+            self.call[1].logits[:len(self.call[2])] = real(*self.call) + (failure == "its result differs")
 
         def pool(self):
             return "the first graph's"
@@ -66,6 +66,8 @@ def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, sound
 
         def __exit__(self, *error):
             monkeypatch.setattr(grpo, "forward_step", real)
+            if failure == "not permitted":
+                raise RuntimeError(failure)
             assert torch.equal(self.graph.call[1].logits[:len(self.out)], self.out)  # captured, so that a replay does it too
 
         def record(self, *call):
@@ -81,8 +83,20 @@ def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, sound
     expected = draw()
     monkeypatch.setattr(grpo, "decode_step", step)
     assert draw() == expected
-    assert (len(captured) >= 2) if sound else (len(captured) == 1)  # buckets of 9 and 8 rows; or none after the first
-    assert ("without CUDA graphs, which is slower: its result differs" in capsys.readouterr().out) == (not sound)
+    assert (len(captured) == 1) if failure else (len(captured) >= 2)  # none after the first; buckets of 9 and 8 rows
+    assert (f"rank 0 decodes without CUDA graphs, which is slower: {failure}" in capsys.readouterr().out) == bool(failure)
+
+
+def test_prompts_are_computed_a_bounded_number_of_tokens_at_a_time(tiny, monkeypatch):
+    model, prompts, seen = tiny("llama"), [[2] * 5, [3, 4], [5] * 9, [6] * 4, [7], [8] * 5], []
+    draw = lambda: sample(model, prompts, n=2, max_new_tokens=6, temperature=0.0, stop_ids=[1])[0]
+    expected = draw()
+    monkeypatch.setattr(grpo, "PREFILL_TOKENS", 10)
+    watch = model.register_forward_pre_hook(lambda module, args, options: seen.append(tuple(options["input_ids"].shape)),
+                                            with_kwargs=True)
+    assert draw() == expected
+    watch.remove()
+    assert [shape for shape in seen if shape[1] > 1 or shape[0] < 12] == [(1, 8), (2, 4), (2, 3)]
 
 
 def test_the_cache_is_kept_and_bounded_by_free_memory(monkeypatch, capsys):

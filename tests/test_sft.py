@@ -35,7 +35,7 @@ def test_loss_and_gradient_equal_a_plain_loop_at_any_micro_batch_size():
     expected = dict(plain.named_parameters())
     for tokens in (1, 12, 1000):
         model = shard_model(make_tiny("qwen2"))
-        assert sft_loss(model, batch, total, tokens, train=True) == pytest.approx(float(loss.detach()) / total, rel=1e-5)
+        assert sft_loss(model, batch, total, tokens, "cpu", train=True) == pytest.approx(float(loss.detach()) / total, rel=1e-5)
         for name, parameter in model.named_parameters():
             assert torch.allclose(parameter.grad, expected[name].grad, atol=1e-5), name
 
