@@ -82,13 +82,13 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
     vocabulary, hidden, itemsize = text.vocab_size, text.hidden_size, dtype.itemsize
     row_cache, row_sampling = (prompt_tokens + completion_tokens) * cache_bytes(config, dtype), SAMPLING_BYTES * vocabulary
     sharded = 0 if cpu_offload else 1
+    gathered = dtype != torch.float32 or ranks > 1  # else, on one CPU rank, the weights themselves are used
     parts = {
         "weights": sharded * 4 * count / ranks,
         "gradients": sharded * 4 * count / ranks,
         "optimiser": sharded * 8 * count / ranks,
         "reference": sharded * itemsize * count / ranks if reference else 0,
-        # fp32 on one CPU rank: the weights themselves
-        "gathered for rollout": itemsize * count if dtype != torch.float32 or ranks > 1 else 0,
+        "gathered for rollout": itemsize * count if gathered else 0,
         "KV cache": rows * row_cache,
         "sampling": rows * row_sampling,
         "activations": rest + (len(blocks) * micro_tokens * hidden * itemsize + per_block if checkpointing
@@ -97,8 +97,9 @@ def plan(config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens
         # another dtype, the logits as they came.
         "logprobs": min(max(1, CHUNK_LOGITS["cpu" if dtype == torch.float32 else "cuda"] // vocabulary), micro_tokens) * vocabulary
                     * (4 * 4 + (itemsize if dtype != torch.float32 else 0)),
-        # What is gathered at once: the root's group and two blocks, and gradients of one before they are reduced.
-        "gathered for update": (itemsize * (root + 2 * block) + (itemsize + 4) * max(root, block)) if ranks > 1 else 0,
+        # What is gathered at once: the root's group and two blocks; and gradients before they are reduced, the head's twice,
+        # as a chunk's is added to the others'.
+        "gathered for update": itemsize * (root + 2 * block) + (2 * itemsize + 4) * max(root, block) if gathered else 0,
     }
     standing = parts["weights"] + parts["optimiser"] + parts["reference"]
     parts["rollout"] = standing + parts["gathered for rollout"] + parts["KV cache"] + parts["sampling"]
