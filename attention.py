@@ -80,7 +80,7 @@ class KVCache:
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # made at the first update, when shapes are known
         self.at: tuple | None = None
         self.full = False  # as large as memory allows
-        self.graphs: dict = {}  # captured decode steps (grpo.replay_step), their memory pool and where they write
+        self.graphs: dict = {}  # captured decode steps (cuda_graph.py), their memory pool and where they write
         self.pool, self.logits = None, None
 
     def write_prompts(self, slots: torch.Tensor):

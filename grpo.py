@@ -15,9 +15,7 @@ choice: the KL estimator is k3; tau, alpha, the clip range and the KL coefficien
 
 Shapes: N questions of a rank, m plans, z CoTs a plan, G = m z; B sequences of T tokens; V vocabulary.
 """
-import contextlib
 import functools
-import gc
 import math
 import random
 import time
@@ -28,6 +26,7 @@ import torch
 
 from attention import KVCache, Packed, pack, pad_batch
 from checkpoint import Checkpoints, StopSignal, guarded, resume, stop_run
+from cuda_graph import replay_step
 from data.sources import load_records, parse_name
 from memory import dry_run
 from model_utils import (all_sum, check_common, check_context, encode_prompt, fail, find_stop_ids, gather0, gather_all,
@@ -172,7 +171,7 @@ def decode_step(model, cache: KVCache, ids: list[int], positions: list[int]) -> 
     """Feed one token a row, each at its own position: (B,), (B,) -> logits of the next tokens (B, V)."""
     tokens, places = (torch.tensor(x, device=model.device) for x in (ids, positions))
     if model.device.type == "cuda" and getattr(model, "cuda_graphs", True):
-        return replay_step(model, cache, tokens, places, max(positions) + 1)
+        return replay_step(forward_step, model, cache, tokens, places, max(positions) + 1)
     return forward_step(model, cache, tokens, places, max(positions) + 1)
 
 
@@ -184,59 +183,6 @@ def forward_step(model, cache: KVCache, ids: torch.Tensor, positions: torch.Tens
         torch.arange(filled, device=ids.device) > positions[:, None], -math.inf)
     return model(input_ids=ids[:, None], position_ids=positions[:, None], attention_mask=hidden[:, None, None],
                  past_key_values=cache, use_cache=True).logits[:, -1]
-
-
-@contextlib.contextmanager
-def captured(graph, pool):
-    """torch.cuda.graph, which leaves its own stream behind as the current one when a capture fails."""
-    collecting = gc.isenabled()
-    gc.disable()  # freeing a graph or an event, as a collection may, would spoil the capture
-    try:
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
-            yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def replay_step(model, cache: KVCache, ids: torch.Tensor, positions: torch.Tensor, filled: int,
-                graph=torch.cuda.CUDAGraph, capture=captured) -> torch.Tensor:
-    """`forward_step` as a CUDA graph, so that Python's speed does not matter: one graph for each bucket of rows
-    (powers of 2) and of length (256 places), captured when it is first needed and checked against the eager step.
-    """
-    rows = min(cache.slots, max(8, 1 << (len(ids) - 1).bit_length()))
-    length = min(cache.length, -(-filled // 256) * 256)
-    # Rows that fill the bucket up write to slots that nobody lives in.
-    pad = torch.nn.functional.pad
-    ids_in, positions_in = pad(ids, (0, rows - len(ids))), pad(positions, (0, rows - len(ids)))
-    if (rows, length) not in cache.graphs:
-        expected = forward_step(model, cache, ids_in, positions_in, length)  # also the warm-up that a capture needs
-        if cache.logits is None:
-            cache.logits = expected.new_empty(cache.slots, expected.shape[1])
-        inputs, step = (ids_in.clone(), positions_in.clone()), graph()
-        try:
-            # All graphs share a pool and write to the same logits: replayed one at a time, they need no more.
-            with capture(step, pool=cache.pool):
-                cache.logits[:rows] = forward_step(model, cache, *inputs, length)
-            cache.pool = cache.pool or step.pool()
-            step.replay()
-            # bf16 may differ in its last digits where another kernel is chosen; wrong inputs differ by far more.
-            sound = (cache.logits[:rows] - expected).abs().max() <= 0.02 * expected.abs().max()
-            failure = None if sound else "its result differs"
-        except torch.OutOfMemoryError:  # a RuntimeError too
-            raise
-        except RuntimeError as error:
-            failure = str(error).splitlines()[0]
-        if failure:  # on this rank, for which the others will wait
-            print(f"rank {rank()} decodes without CUDA graphs, which is slower: {failure}", flush=True)
-            model.cuda_graphs = False
-            return expected[:len(ids)]
-        cache.graphs[rows, length] = (step, inputs)
-    step, inputs = cache.graphs[rows, length]
-    inputs[0].copy_(ids_in)
-    inputs[1].copy_(positions_in)
-    step.replay()
-    return cache.logits[:len(ids)]
 
 
 @without_autograd

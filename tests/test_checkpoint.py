@@ -258,17 +258,21 @@ def test_a_failure_becomes_one_message(monkeypatch, capsys):
     def decode():
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
+    def ask_local():
+        decode()
+
     def broken():
         raise ValueError("a bug")
 
     def interrupted():
         raise KeyboardInterrupt
     for function, message in ((interrupted, "stopped by Ctrl-C\n"), (update, "in a micro-batch: lower --tokens_per_micro_batch"),
-                              (decode, "in a rollout: set --rollout_rows below"), (broken, "ValueError: a bug")):
+                              (decode, "in a rollout: set --rollout_rows below"),
+                              (ask_local, "in the teacher: lower --concurrency"), (broken, "ValueError: a bug")):
         guarded(function)
         said = capsys.readouterr().err
         assert message in said and ("Traceback" in said) == (function is broken)
-    assert codes == [STOPPED, 1, 1, 1]
+    assert codes == [STOPPED, 1, 1, 1, 1]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 
 import sft
 from conftest import ROOT
+from data.sources import load_jsonl
 from data.toy import make_problems, plan_of
 
 
@@ -18,10 +19,6 @@ def on_gpu(*arguments) -> dict:
                           text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -36,10 +33,10 @@ def test_sft_grpo_and_eval(plans, tmp_path, monkeypatch):
              "--tokens_per_micro_batch", 2000, "--eval_every", 0, "--save_every", 0)
     short = (*flags, "--limit", 200, "--out")
     for command in ((*flags, "--out", tmp_path / "start"), (*short, tmp_path / "cpu")):
-        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
         sft.main()
     assert on_gpu(*short, tmp_path / "sft", "--cpu_offload", "true")["operations"] > 1000
-    in_bf16, in_fp32 = (metrics(tmp_path / name)[-1]["val_loss"] for name in ("sft", "cpu"))
+    in_bf16, in_fp32 = (load_jsonl(tmp_path / name / "metrics.jsonl")[-1]["val_loss"] for name in ("sft", "cpu"))
     assert in_bf16 == pytest.approx(in_fp32, rel=0.02) and in_bf16 != in_fp32
 
     used = on_gpu("grpo.py", "--model", tmp_path / "start/model", "--data", "toy", "--out", tmp_path / "grpo", "--steps", 2,
@@ -47,7 +44,7 @@ def test_sft_grpo_and_eval(plans, tmp_path, monkeypatch):
                   "--tokens_per_micro_batch", 1000, "--eval_every", 2, "--eval_size", 10, "--save_every", 1, "--epochs", 2,
                   "--mini_batches", 2, "--show_tokens", 1)
     assert used["captures"] >= 4 and used["replays"] >= 10 * used["captures"]  # captured anew in each rollout
-    steps = metrics(tmp_path / "grpo")
+    steps = load_jsonl(tmp_path / "grpo/metrics.jsonl")
     assert len(steps) == 2 and all(0 < step["sampler_gap"] < 0.02 for step in steps)  # nats a token, of bf16
     assert all(math.isfinite(step["kl"]) and step["plan_tokens"] > 0 for step in steps)
     assert 0 < max(step["grad_norm"] for step in steps) < 100

@@ -1,5 +1,4 @@
 """Sampling, plan tree, advantages, loss: against an uncached loop, hand-worked numbers and plain autograd."""
-import functools
 import math
 import types
 
@@ -9,9 +8,11 @@ import torch
 import grpo
 import model_utils
 from conftest import FAMILIES, make_tiny
-from grpo import (Config, Row, group_advantages, keep_top_p, kl_k3, make_micros, plan_end, policy_loss, sample,
+from cuda_graph import replay_step
+from grpo import (Config, Row, forward_step, group_advantages, keep_top_p, kl_k3, make_micros, plan_end, policy_loss, sample,
                   sample_token, sample_tree, token_weights)
 from model_utils import make_optimizer, shard_model
+from pretend_gpu import Capture, Graph
 from rollout_log import rollout_metrics
 
 PROMPTS = [[5], [9, 33, 12, 8, 70], [3] * 17, [40, 41, 42, 43, 44, 45, 46, 47, 48]]
@@ -44,46 +45,37 @@ def test_greedy_cached_decoding_equals_uncached(tiny, family, max_rows):
 
 
 @pytest.mark.parametrize("failure", [None, "its result differs", "not permitted"])
-def test_replayed_decode_steps_equal_eager_ones(tiny, monkeypatch, capsys, failure):
-    """CUDA graphs' bookkeeping without CUDA: a stand-in graph runs the captured step again, on its own inputs."""
-    model, real, captured = make_tiny("qwen3"), grpo.forward_step, []
+def test_replayed_decode_steps_equal_eager_ones(monkeypatch, capsys, failure):
+    """On a pretended GPU's graphs, which run the captured operations again."""
+    model, pools = make_tiny("qwen3"), []
 
-    class Graph:
+    class TestGraph(Graph):
         def replay(self):
-            self.call[1].logits[:len(self.call[2])] = real(*self.call) + (failure == "its result differs")
+            super().replay()
+            model.kv_cache.logits += failure == "its result differs"
 
-        def pool(self):
-            return "the first graph's"
-
-    class Capture:
+    class TestCapture(Capture):
         def __init__(self, graph, pool):
-            assert pool == ("the first graph's" if captured else None)
-            self.graph = graph
+            super().__init__(graph)
+            pools.append(pool)
 
         def __enter__(self):
-            captured.append(self.graph)
-            monkeypatch.setattr(grpo, "forward_step", self.record)
-
-        def __exit__(self, *error):
-            monkeypatch.setattr(grpo, "forward_step", real)
             if failure == "not permitted":
                 raise RuntimeError(failure)
-            assert torch.equal(self.graph.call[1].logits[:len(self.out)], self.out)  # captured, so that a replay does it too
-
-        def record(self, *call):
-            self.graph.call, self.out = call, real(*call)
-            return self.out
+            return super().__enter__()
 
     def step(model, cache, ids, positions):
-        tokens, places = torch.tensor(ids), torch.tensor(positions)
-        run = real if not getattr(model, 'cuda_graphs', True) else functools.partial(grpo.replay_step, graph=Graph, capture=Capture)
-        return run(model, cache, tokens, places, max(positions) + 1)
+        inputs = model, cache, torch.tensor(ids), torch.tensor(positions), max(positions) + 1
+        if not getattr(model, "cuda_graphs", True):
+            return forward_step(*inputs)
+        return replay_step(forward_step, *inputs, graph=TestGraph, capture=TestCapture)
 
     draw = lambda: sample(model, PROMPTS, n=3, max_new_tokens=[5, 30, 12] * 4, temperature=0.0, stop_ids=[1], max_rows=9)[0]
     expected = draw()
     monkeypatch.setattr(grpo, "decode_step", step)
     assert draw() == expected
-    assert (len(captured) == 1) if failure else (len(captured) >= 2)  # none after the first; buckets of 9 and 8 rows
+    # None after a failure; else buckets of 9 and 8 rows, all in the first one's pool.
+    assert (pools == [None]) if failure else (pools[:2] == [None, "pool"] and set(pools[1:]) == {"pool"})
     assert (f"rank 0 decodes without CUDA graphs, which is slower: {failure}" in capsys.readouterr().out) == bool(failure)
 
 
