@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from model_utils import (all_max, barrier, everyone, fail, fill, local, model_tensors, open_tensors, print0, rank,
                          read_rows, world_size)
-from run_folder import changed_settings
+from run_folder import LOGS, changed_settings, refuse_links
 
 FILE_BYTES = 4 << 30
 STOPPED = 75  # exit code of a run that was asked to stop and saved: EX_TEMPFAIL, "try again later"
@@ -125,7 +125,8 @@ class Checkpoints:
             total += sum(t.numel() * t.element_size() for part in files.values() for _, t in part)
             mine.update(copy_to_cpu(files))
             logs = {}
-            for log in sorted(self.folder.glob("*.jsonl")) if rank() == 0 else ():
+            present = [self.folder / name for name in LOGS if (self.folder / name).exists()]
+            for log in present if rank() == 0 else ():
                 flush(log)  # a resume cuts the log back to this size: the disk must hold that much
                 logs[log.name] = log.stat().st_size
             state = {**state, "logs": logs, "settings": self.settings}
@@ -308,8 +309,13 @@ def resume(folder: Path, model, optimizer, settings) -> dict:
 
 
 def cut_logs(folder: Path, sizes: dict[str, int]):
-    """Cut every log back to its size at the save (rank 0): the steps after it run, and are logged, again."""
-    for log in folder.glob("*.jsonl") if rank() == 0 else ():
+    """Cut the run's logs back to their sizes at the save (rank 0): the steps after it run, and are logged, again.
+
+    Other files of the folder are not the run's, whatever their names end in.
+    """
+    refuse_links(folder)
+    present = [folder / name for name in LOGS if (folder / name).exists()]
+    for log in present if rank() == 0 else ():
         size = sizes.get(log.name, 0)
         if log.stat().st_size < size:
             print0(f"warning: {log} is shorter than when the checkpoint was saved: it misses steps")

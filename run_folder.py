@@ -18,6 +18,8 @@ import torch
 
 from model_utils import barrier, fail, print0, rank, world_size
 
+LOGS = "metrics.jsonl", "rollouts.jsonl"  # what a training appends to, and a resume cuts back; nothing else is cut
+
 # What may differ when a run goes on: --steps, what it writes down, and how its work is laid out on machines.
 # With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
 # (--rollout_rows, free memory) and the number of ranks change which samples are drawn, not their distribution.
@@ -44,6 +46,13 @@ def read_settings(path: Path) -> dict:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         fail(f"{path} is damaged: restore it, or remove it to go on without its check of settings")
+
+
+def refuse_links(folder: Path):
+    """Refuse logs that are links: what they point at is not the run's to write or to cut."""
+    if links := [name for name in LOGS if (folder / name).is_symlink()]:
+        fail(f"{folder / links[0]} is a link, and a run writes through none: put the file itself there, "
+             "or choose another --out")
 
 
 def make_folder(path: Path):
@@ -88,6 +97,7 @@ def check_run(settings) -> Path:
 
 def refuse_occupied(folder: Path, settings):
     """Refuse a folder that holds a run, unless --resume or --overwrite says what is to become of it."""
+    refuse_links(folder)
     if not settings.resume and not settings.overwrite and any((folder / name).exists() for name in ("metrics.jsonl", "model")):
         fail(f"{folder} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
 

@@ -108,6 +108,36 @@ def test_the_logs_are_cut_back_to_the_save(trainee, tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("saved", [True, False], ids=["a checkpoint", "no checkpoint yet"])
+def test_a_resume_cuts_no_file_but_the_runs_own_logs(tmp_path, saved):
+    theirs = [tmp_path / "train.jsonl", tmp_path / "plans.jsonl"]
+    (tmp_path / "elsewhere").write_text("a file outside\n")
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "elsewhere")
+    trainee = Trainee(tmp_path)
+    theirs[0].write_text("there before the run\n")
+    trainee.step(1, save=saved)
+    theirs[0].write_text("there before the run\nand longer since\n")
+    theirs[1].write_text("put there since\n")
+    before = [path.read_text() for path in (*theirs, tmp_path / "elsewhere")]
+    append_jsonl(tmp_path / "metrics.jsonl", [{"step": 2}])
+    resume(tmp_path, trainee.model, trainee.optimizer, Settings())
+    assert [path.read_text() for path in (*theirs, tmp_path / "elsewhere")] == before
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == saved
+    if saved:
+        assert list(json.loads((tmp_path / "step_1/trainer.json").read_text())["logs"]) == ["metrics.jsonl"]
+
+
+def test_a_log_that_is_a_link_is_refused(trainee, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("not the run's\n")
+    (tmp_path / "rollouts.jsonl").symlink_to(outside)
+    for begin in (lambda: resume(tmp_path, trainee.model, trainee.optimizer, Settings()),
+                  lambda: check_run(Settings(out=str(tmp_path), resume=True))):
+        with pytest.raises(SystemExit, match="rollouts.jsonl is a link.*choose another --out"):
+            begin()
+    assert outside.read_text() == "not the run's\n"
+
+
 def test_old_checkpoints_go_when_a_new_one_is_in_place(tmp_path):
     trainee = Trainee(tmp_path, keep=2)
     for number in (1, 2, 3, 10):
