@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from model_utils import (all_max, barrier, everyone, fail, fill, local, model_tensors, open_tensors, print0, rank,
                          read_rows, world_size)
-from run_folder import LOGS, changed_settings, refuse_links
+from run_folder import FOLDERS, LOGS, changed_settings, is_checkpoint, refuse_links, remove
 
 FILE_BYTES = 4 << 30
 STOPPED = 75  # exit code of a run that was asked to stop and saved: EX_TEMPFAIL, "try again later"
@@ -105,7 +105,7 @@ class Checkpoints:
         self.settings, self.keep, self.on_error = dataclasses.asdict(settings), keep, on_error
         self.thread: threading.Thread | None = None
         if rank() == 0:
-            for left in (*self.folder.glob("step_*.tmp"), *self.folder.glob("model.tmp")):
+            for left in [p for p in self.folder.glob("*.tmp") if FOLDERS.fullmatch(p.name)]:
                 shutil.rmtree(left)
                 print0(f"removed {left.name}, left over from a save that did not finish")
 
@@ -234,13 +234,6 @@ class Checkpoints:
         print0(f"warning: {message}; the run goes on, as --on_save_error continue says.")
 
 
-def remove(folder: Path):
-    """Delete a checkpoint; killed half-way, what is left does not bear a checkpoint's name."""
-    doomed = folder.with_name(folder.name + ".old.tmp")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Resuming
 
@@ -250,7 +243,8 @@ def step_of(folder: Path) -> int:
 
 def step_folders(folder: Path) -> list[Path]:
     """A run's checkpoints, damaged ones included, newest first."""
-    return sorted((path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()),
+    return sorted((path for path in folder.glob("step_*")
+                   if path.name.removeprefix("step_").isdigit() and is_checkpoint(path)),
                   key=step_of, reverse=True)
 
 

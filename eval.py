@@ -33,7 +33,7 @@ from grpo import accuracy, evaluate, load_questions
 from model_utils import (barrier, check_context, fail, gather0, init_distributed, load_config, load_model,
                          load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import GRADER_COUNTS, TAG, extract_answer, grader_stats, parse_completion
-from run_folder import append_jsonl, make_folder, read_settings, write_whole
+from run_folder import RESULTS, append_jsonl, make_folder, read_settings, stage_of, write_whole
 
 SAVE_EVERY = 1024  # completions of a rank between two writes of its records, and so at most decoded at once
 
@@ -400,10 +400,16 @@ def weights_of(path: str, model_config) -> str:
 
 def check_results(config: Config, model_config) -> dict:
     """What run.json of --out is to hold. Makes --out, removes nothing; refuses one with other results (SystemExit)."""
-    out, settings = Path(config.out), json.loads(json.dumps(asdict(config)))
-    holds_results = any((out / name).exists() for name in ("records.jsonl", "summary.json"))
+    out = Path(config.out)
+    settings = json.loads(json.dumps({"stage": "evaluation", **asdict(config)}))
+    holds_results = any((out / name).exists() for name in RESULTS)
     if holds_results and not (config.overwrite or config.resume):
         fail(f"{out} already holds results: choose another --out, pass --resume to go on or --overwrite to replace them")
+    names = [name for name in ("run.json", *RESULTS) if (out / name).exists()]
+    # A resume compares the weights, which no record but an evaluation's names.
+    if names and stage_of(out) != "evaluation" and not (config.resume and holds_results):
+        fail(f"{out} holds {', '.join(names)}, and no run.json there says that an evaluation of "
+             "ours wrote that: move it away, or choose another --out")
     if rank() != 0:
         return settings
     make_folder(out)

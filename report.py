@@ -305,7 +305,8 @@ def summary_tables(training: list[Run], evals: list[Run]) -> str:
             "Rollout figures; intervals: bootstrap over steps, which leaves out that neighbouring steps are alike."))
     for kind in (rl, [run for run in training if run not in rl]):  # SFT and RL share few settings
         differ = sorted({key for run in kind for key in run.settings
-                         if len({json.dumps(r.settings.get(key)) for r in kind}) > 1} - {"out", "overwrite", "resume"})
+                         if len({json.dumps(r.settings.get(key)) for r in kind}) > 1}
+                        - {"stage", "out", "overwrite", "resume"})
         if len(kind) > 1:
             parts.append(table("Settings that differ", ["setting", *(r.name for r in kind)],
                                [[key, *(r.settings.get(key, "–") for r in kind)] for key in differ]))

@@ -1,14 +1,16 @@
 """A run's folder: opened, refused or cleared; the settings, metrics and records that are written in it.
 
-`run.json` holds the settings, `machine.json` hardware and versions, `metrics.jsonl` a line a step, `rollouts.jsonl` logged
-rollouts; checkpoints and the final model are checkpoint.py's.
+`run.json` holds the settings and marks the folder as ours, `machine.json` hardware and versions,
+`metrics.jsonl` a line a step, `rollouts.jsonl` logged rollouts; checkpoints and the final model are checkpoint.py's.
 """
 import atexit
+import contextlib
 import dataclasses
 import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,7 +20,11 @@ import torch
 
 from model_utils import barrier, fail, print0, rank, world_size
 
-LOGS = "metrics.jsonl", "rollouts.jsonl"  # what a training appends to, and a resume cuts back; nothing else is cut
+LOGS = "metrics.jsonl", "rollouts.jsonl"  # what a training appends to, and all that a resume cuts
+# All names that a training writes, replaces or removes: of files, and of folders.
+FILES = "run.json", "machine.json", *LOGS
+FOLDERS = re.compile(r"(model|step_[0-9]+)(\.tmp|\.old\.tmp)?")
+RESULTS = "records.jsonl", "summary.json"  # what an evaluation writes beside its run.json
 
 # What may differ when a run goes on: --steps, what it writes down, and how its work is laid out on machines.
 # With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
@@ -48,6 +54,67 @@ def read_settings(path: Path) -> dict:
         fail(f"{path} is damaged: restore it, or remove it to go on without its check of settings")
 
 
+def stage_of(folder: Path) -> str | None:
+    """Whose run.json it is: training, evaluation or None (not ours); "" if missing or damaged."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(record, dict):
+        return None
+    if {"model", "data", "out", "overwrite", "resume"} <= record.keys():  # older than "stage"
+        record.setdefault("stage", "training" if "lr" in record else "evaluation")
+    return record["stage"] if record.get("stage") in ("training", "evaluation") else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of ours; a damaged one may have lost one of its files."""
+    return any((path / name).exists() for name in ("manifest.json", "trainer.json"))
+
+
+def not_ours(folder: Path) -> list[str]:
+    """Names of FILES and FOLDERS in a folder that no training wrote, as far as its record tells."""
+    present = sorted(path for path in folder.glob("*")
+                     if path.name in FILES or FOLDERS.fullmatch(path.name))
+    checkpoints, stage = [path for path in present if is_checkpoint(path)], stage_of(folder)
+    if stage != "training" and not (stage == "" and checkpoints):
+        return [path.name for path in present]
+
+    def foreign(path: Path) -> bool:
+        if path.is_symlink() or path.is_dir() != (path.name not in FILES):
+            return True
+        if path.name == "model":  # the user's base model may lie beside a checkpoint
+            return not (folder / "run.json").exists()
+        is_step = path.name not in FILES and not path.suffix
+        return is_step and any(path.iterdir()) and path not in checkpoints
+    return [path.name for path in present if foreign(path)]
+
+
+def remove(folder: Path):
+    """Delete a checkpoint; killed half-way, what is left does not bear a checkpoint's name."""
+    doomed = folder.with_name(folder.name + ".old.tmp")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_run(folder: Path):
+    """Delete what a training wrote, and the evaluation in eval/; `not_ours` has found nothing else.
+
+    run.json stays, for the new run to replace: a kill in between leaves a folder still known as ours.
+    """
+    # In reverse, x.old.tmp goes before x, which takes that name.
+    for old in sorted((p for p in folder.iterdir() if FOLDERS.fullmatch(p.name)), reverse=True):
+        shutil.rmtree(old) if old.suffix else remove(old)
+    for name in LOGS:
+        (folder / name).unlink(missing_ok=True)
+    evaluation = folder / "eval"
+    if stage_of(evaluation) == "evaluation" and not evaluation.is_symlink():
+        for name in (*RESULTS, "run.json"):
+            (evaluation / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the user's own files in it keep it
+            evaluation.rmdir()
+
+
 def refuse_links(folder: Path):
     """Refuse logs that are links: what they point at is not the run's to write or to cut."""
     if links := [name for name in LOGS if (folder / name).is_symlink()]:
@@ -73,11 +140,11 @@ def check_run(settings) -> Path:
     """
     out, folder, resume = settings.out, Path(settings.out), settings.resume
     finished = (folder / "model").exists()
-    refuse_occupied(folder, settings)
     for name in ("model", "data", "eval_data"):  # a run's own inputs must not lie among what --overwrite removes
         value = getattr(settings, name, "")
         if settings.overwrite and value and folder.resolve() in Path(value).resolve().parents:
             fail(f"--{name} {value} lies in --out {out}, which --overwrite would clear; choose another --out")
+    refuse_occupied(folder, settings)
     if resume and (saved := read_settings(folder / "run.json")):
         changed = changed_settings(saved, settings, out)
         done = max((int(path.parent.name[5:]) for path in folder.glob("step_*/manifest.json")
@@ -96,8 +163,14 @@ def check_run(settings) -> Path:
 
 
 def refuse_occupied(folder: Path, settings):
-    """Refuse a folder that holds a run, unless --resume or --overwrite says what is to become of it."""
+    """Refuse a folder that holds a run, unless --resume or --overwrite says what is to become of it.
+
+    Names that a run would write, and no run of ours wrote, are refused with every flag.
+    """
     refuse_links(folder)
+    if names := not_ours(folder):
+        fail(f"{folder} holds {', '.join(names)}, and no run.json or checkpoint there says that a "
+             "run of ours wrote that: move it away, or choose another --out")
     if not settings.resume and not settings.overwrite and any((folder / name).exists() for name in ("metrics.jsonl", "model")):
         fail(f"{folder} already holds a run: choose another --out, pass --resume to go on, or --overwrite to replace it")
 
@@ -106,24 +179,21 @@ def open_run(folder: Path, settings):
     """Begin to write in a run folder that `check_run` has passed: its settings go to run.json.
 
     Called when all that can be wrong has been read, models included: --overwrite removes the old run here, and its
-    evaluations in eval/. With --resume, settings that have changed are printed, and noted in run.json under "changes".
+    evaluation in eval/. With --resume, settings that have changed are printed, and noted in run.json under "changes".
     A collective: nothing is removed before every rank has got this far.
     """
     barrier()
     if rank() != 0:
         return
     refuse_occupied(folder, settings)  # another run may have begun here while the model was loading
-    record = dataclasses.asdict(settings)
+    record = {"stage": "training", **dataclasses.asdict(settings)}
     if settings.resume and (saved := read_settings(folder / "run.json")):
         changed = changed_settings(saved, settings, settings.out)
         record["changes"] = saved.get("changes", []) + [changed] * bool(changed)
         for name, (then, now) in changed.items():
             print0(f"--{name} was {then!r} and is {now!r} from here on")
     elif settings.overwrite:
-        for old in ("run.json", "metrics.jsonl", "rollouts.jsonl"):
-            (folder / old).unlink(missing_ok=True)
-        for old in (*folder.glob("step_[0-9]*"), folder / "model", folder / "eval"):
-            shutil.rmtree(old, ignore_errors=True)
+        remove_run(folder)
     write_whole(folder / "run.json", record)
     write_whole(folder / "machine.json", machine())
 

@@ -313,6 +313,16 @@ def test_results_of_other_weights_are_not_resumed(run, start, tmp_path, monkeypa
     assert "warning" not in capsys.readouterr().out  # models are what is compared
 
 
+@pytest.mark.parametrize("flags", [(), ("--overwrite",), ("--resume",)])
+def test_files_that_no_evaluation_wrote_stay(run, tmp_path, flags):
+    theirs = tmp_path / "e" / ("summary.json" if flags == ("--overwrite",) else "run.json")
+    theirs.parent.mkdir()
+    theirs.write_text('{"the user\'s": "own"}')
+    with pytest.raises(SystemExit, match=f"holds {theirs.name}, and no run.json .* move it away"):
+        run(*flags)
+    assert theirs.read_text() == '{"the user\'s": "own"}'
+
+
 def test_two_ranks_answer_each_problem_once(start, tmp_path):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--",

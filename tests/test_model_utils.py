@@ -3,11 +3,13 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from attention import pack
+from checkpoint import Checkpoints
 from conftest import make_tiny
 from data.toy import make_tokenizer
 from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, find_stop_ids, lr_at,
@@ -194,6 +196,62 @@ def test_a_run_folder_is_not_overwritten_unasked(tmp_path, capsys):
     open_run(check_run(settings(overwrite=True, steps=9)), settings(overwrite=True, steps=9))
     assert sorted(path.name for path in folder.iterdir()) == ["machine.json", "notes.txt", "run.json", "step_notes"]
     assert json.loads((folder / "run.json").read_text())["steps"] == 9
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_text() for path in files}
+
+
+def write(folder, *names, text="the user's own"):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["model/a", "metrics.jsonl", "rollouts.jsonl", "run.json",
+                                  "machine.json", "step_3/a", "model.tmp/a", "step_3.tmp/a"])
+def test_a_folder_that_never_held_a_run_loses_nothing(tmp_path, name):
+    """Whatever the flags are: a run would write over that name, or clear it away."""
+    write(tmp_path, name, "notes.txt")
+    before = contents(tmp_path)
+    for flags in ({"overwrite": True}, {"resume": True}, {}):
+        settings = Run(out=str(tmp_path), **flags)
+        refusal = f"holds {name.split('/')[0]}, and no run.json .* move it away, or choose another"
+        with pytest.raises(SystemExit, match=refusal):
+            open_run(check_run(settings), settings)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_may_begin_among_files_that_it_does_not_write(tmp_path):
+    write(tmp_path, "notes.txt", "train.jsonl", "step_2024_notes/a", "step_notes.tmp/a",
+          "eval/run.json", "eval/a", "models/a")
+    before, settings = contents(tmp_path), Run(out=str(tmp_path), overwrite=True)
+    for _ in range(2):  # the second time it replaces the first run
+        open_run(check_run(settings), settings)
+        Checkpoints(tmp_path, None, None, None, settings)  # clears what an unfinished save has left
+        assert before.items() <= contents(tmp_path).items()
+
+
+def test_overwrite_removes_what_the_record_says_a_run_wrote(tmp_path):
+    old = Run(out=str(tmp_path))
+    open_run(check_run(old), old)
+    runs = ("step_8/trainer.json", "step_9/manifest.json", "step_9.tmp/a", "step_9.old.tmp/a",
+            "model/a", "metrics.jsonl", "rollouts.jsonl", "eval/records.jsonl", "eval/summary.json")
+    users = ("notes.jsonl", "step_2024_notes/a", "eval/notes.txt")
+    write(tmp_path, *runs, *users)
+    write(tmp_path, "eval/run.json", text='{"stage": "evaluation"}')
+    settings = Run(out=str(tmp_path), overwrite=True)
+    write(tmp_path, "step_2024/a")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit, match="holds step_2024, and no run.json or checkpoint"):
+        check_run(settings)
+    assert contents(tmp_path) == before
+    shutil.rmtree(tmp_path / "step_2024")
+    older = {"data": "", **dataclasses.asdict(old)}  # as run.json was before it had a "stage"
+    (tmp_path / "run.json").write_text(json.dumps(older))
+    open_run(check_run(settings), settings)
+    assert contents(tmp_path).keys() == {*users, "run.json", "machine.json"}
 
 
 def test_resume_and_overwrite_exclude_each_other():

@@ -134,6 +134,7 @@ def test_ranks_that_fail_alike_print_one_sentence(tmp_path):
 def test_overwrite_waits_for_the_slowest_rank_to_be_able_to_start(tmp_path):
     (tmp_path / "run/step_1").mkdir(parents=True)
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    (tmp_path / "run/run.json").write_text('{"stage": "training"}')
     said = refuse(tmp_path, f"""from grpo import Config
     from model_utils import init_distributed
     from run_folder import check_run, open_run
@@ -144,7 +145,7 @@ def test_overwrite_waits_for_the_slowest_rank_to_be_able_to_start(tmp_path):
     if rank() == 0:  # rank 1 fails alone
         open_run(folder, settings)""", ranks=2)
     assert "rank 1: error: no\n" in said
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "step_1"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "run.json", "step_1"]
 
 
 def test_a_rank_that_fails_alone_speaks_for_itself(tmp_path):
@@ -217,6 +218,7 @@ def test_weights_that_cannot_be_read_are_named_and_the_old_run_stays(run, tmp_pa
     weights.write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "out/step_1").mkdir(parents=True)
     (tmp_path / "out/metrics.jsonl").write_text("{}\n")
+    (tmp_path / "out/run.json").write_text('{"stage": "training"}')
     command = ["--model", tmp_path / "model", "--data", run / "train.jsonl", "--out", tmp_path / "out", "--overwrite",
                "--questions", 4, "--max_plan_tokens", 30, *TINY]
     said = call("grpo.py", *command, ranks=2, ok=False)
