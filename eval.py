@@ -401,6 +401,9 @@ def weights_of(path: str, model_config) -> str:
 def check_results(config: Config, model_config) -> dict:
     """What run.json of --out is to hold. Makes --out, removes nothing; refuses one with other results (SystemExit)."""
     out = Path(config.out)
+    if stage_of(out) == "training" or (out / "metrics.jsonl").exists():
+        fail(f"{out} is a training run's folder, whose run.json an evaluation would replace; choose "
+             f"another --out, such as {out / 'eval'}")
     settings = json.loads(json.dumps({"stage": "evaluation", **asdict(config)}))
     holds_results = any((out / name).exists() for name in RESULTS)
     if holds_results and not (config.overwrite or config.resume):

@@ -168,6 +168,9 @@ def refuse_occupied(folder: Path, settings):
     Names that a run would write, and no run of ours wrote, are refused with every flag.
     """
     refuse_links(folder)
+    if stage_of(folder) == "evaluation":
+        fail(f"{folder} holds an evaluation, whose run.json a training would replace; "
+             "choose another --out")
     if names := not_ours(folder):
         fail(f"{folder} holds {', '.join(names)}, and no run.json or checkpoint there says that a "
              "run of ours wrote that: move it away, or choose another --out")

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import eval as evaluation
+import sft
 from conftest import ROOT
 from data.toy import make_model, make_problems, make_tokenizer
 from eval import (bootstrap_interval, compare, hsic, hsic_by_plan_reward, load_plans, maj_at_n, pass_at_k, permutation_p,
                   same, summarise)
+from run_folder import check_run, open_run
 
 
 def test_pass_at_k_equals_brute_force():
@@ -321,6 +323,24 @@ def test_files_that_no_evaluation_wrote_stay(run, tmp_path, flags):
     with pytest.raises(SystemExit, match=f"holds {theirs.name}, and no run.json .* move it away"):
         run(*flags)
     assert theirs.read_text() == '{"the user\'s": "own"}'
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}, {"resume": True}], ids=str)
+def test_a_training_and_an_evaluation_do_not_share_a_folder(run, tmp_path, flags):
+    words = [f"--{name}" for name in flags]
+    training = sft.Config(out=str(tmp_path / "train"))
+    open_run(check_run(training), training)
+    for name in ("", "metrics.jsonl", "records.jsonl"):
+        (tmp_path / "train" / name).exists() or (tmp_path / "train" / name).touch()
+        before = (tmp_path / "train/run.json").read_text()
+        with pytest.raises(SystemExit, match="train is a training run's folder.* such as .*/train/eval"):
+            run(*words, out=tmp_path / "train")
+        assert (tmp_path / "train/run.json").read_text() == before
+    run(out=tmp_path / "train/eval")
+    before = (tmp_path / "train/eval/run.json").read_text()
+    with pytest.raises(SystemExit, match="eval holds an evaluation.*; choose another --out"):
+        check_run(sft.Config(out=str(tmp_path / "train/eval"), **flags))
+    assert (tmp_path / "train/eval/run.json").read_text() == before
 
 
 def test_two_ranks_answer_each_problem_once(start, tmp_path):
