@@ -36,7 +36,7 @@ from grpo import completion_texts, sample
 from model_utils import (barrier, everyone, fail, find_stop_ids, init_distributed, load_config, load_model,
                          load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import TAG, plan_leaks
-from run_folder import make_folder
+from run_folder import hold, make_folder
 
 
 @dataclass
@@ -221,6 +221,16 @@ def finished_ids(out: Path, dropped: Path) -> set[str]:
     return {str(record["id"]) for path in paths for record in load_jsonl(path)}
 
 
+def refuse_records(config: Config):
+    """Refuse an --out with records, unless a flag says what is to become of them (SystemExit)."""
+    out = Path(config.out)
+    paths = out, out.with_suffix(".dropped.jsonl"), *parts_of(out)
+    holds_records = any(path.stat().st_size for path in paths if path.exists())
+    if holds_records and not (config.resume or config.overwrite):
+        fail(f"{out} already holds records: choose another --out, pass --resume to go on, or "
+             "--overwrite to replace it")
+
+
 def main():
     config = parse_config(Config)
     out = Path(config.out)
@@ -242,13 +252,13 @@ def main():
         fail(f"--out is the --data file {out}; choose another --out")
     if out.is_dir():
         fail(f"--out {out} is a folder; give a file such as {out / 'plans.jsonl'}")
-    holds_records = any(path.stat().st_size for path in (out, dropped, *parts_of(out)) if path.exists())
-    if holds_records and not (config.resume or config.overwrite):
-        fail(f"{out} already holds records: choose another --out, pass --resume to go on, or --overwrite to replace it")
+    refuse_records(config)
     records = load_records(config.data, ("problem", "answer", "solution"), limit=config.limit, seed=config.seed)
     make_folder(out.parent)
     if world_size() > 1:
         init_distributed()
+    hold(out.with_name(f".{out.name}.lock"))
+    refuse_records(config)  # again: another run may have ended before this one had the lock
     order = {record["id"]: position for position, record in enumerate(records)}
     if rank() == 0:
         for path in (out, dropped):

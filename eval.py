@@ -33,7 +33,8 @@ from grpo import accuracy, evaluate, load_questions
 from model_utils import (barrier, check_context, fail, gather0, init_distributed, load_config, load_model,
                          load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import GRADER_COUNTS, TAG, extract_answer, grader_stats, parse_completion
-from run_folder import RESULTS, append_jsonl, make_folder, read_settings, stage_of, write_whole
+from run_folder import (LOCK, RESULTS, append_jsonl, hold, make_folder, read_settings, stage_of,
+                        write_whole)
 
 SAVE_EVERY = 1024  # completions of a rank between two writes of its records, and so at most decoded at once
 
@@ -398,13 +399,12 @@ def weights_of(path: str, model_config) -> str:
     return hashlib.sha256(json.dumps([[file.name, *fingerprint(file)] for file in files]).encode()).hexdigest()
 
 
-def check_results(config: Config, model_config) -> dict:
-    """What run.json of --out is to hold. Makes --out, removes nothing; refuses one with other results (SystemExit)."""
+def check_folder(config: Config):
+    """Make --out; refuse one that holds what is not this evaluation's to replace (SystemExit)."""
     out = Path(config.out)
     if stage_of(out) == "training" or (out / "metrics.jsonl").exists():
         fail(f"{out} is a training run's folder, whose run.json an evaluation would replace; choose "
              f"another --out, such as {out / 'eval'}")
-    settings = json.loads(json.dumps({"stage": "evaluation", **asdict(config)}))
     holds_results = any((out / name).exists() for name in RESULTS)
     if holds_results and not (config.overwrite or config.resume):
         fail(f"{out} already holds results: choose another --out, pass --resume to go on or --overwrite to replace them")
@@ -413,11 +413,19 @@ def check_results(config: Config, model_config) -> dict:
     if names and stage_of(out) != "evaluation" and not (config.resume and holds_results):
         fail(f"{out} holds {', '.join(names)}, and no run.json there says that an evaluation of "
              "ours wrote that: move it away, or choose another --out")
+    if rank() == 0:
+        make_folder(out)
+
+
+def check_results(config: Config, model_config) -> dict:
+    """What run.json of --out is to hold; refuses a folder with other results (SystemExit)."""
+    check_folder(config)  # again: another evaluation may have ended before this one had the lock
+    out = Path(config.out)
+    settings = json.loads(json.dumps({"stage": "evaluation", **asdict(config)}))
     if rank() != 0:
         return settings
-    make_folder(out)
     settings["weights"] = weights_of(config.model, model_config)
-    if holds_results and config.resume:
+    if config.resume and any((out / name).exists() for name in RESULTS):
         old = read_settings(out / "run.json")
         for name in settings.keys() & old.keys() - {"out", "overwrite", "resume", "rollout_rows", "weights"}:
             if settings[name] != old[name]:
@@ -480,8 +488,10 @@ def main():
     check_context(model_config, max(len(p["prompt"]) for p in problems), config.max_completion_tokens)
     if (longest := max(len(p["prefix"]) for p in problems)) >= config.max_completion_tokens:
         fail(f"a given plan of {longest} tokens leaves no room in --max_completion_tokens {config.max_completion_tokens}; raise it")
-    settings = check_results(config, model_config)
+    check_folder(config)
     device = init_distributed()
+    hold(Path(config.out) / LOCK)  # before anything is read that another evaluation may be writing
+    settings = check_results(config, model_config)
     done = set() if config.overwrite else finished(Path(config.out) / "records.jsonl")
     todo = [problem for problem in problems if (problem["benchmark"], problem["id"]) not in done]
     if todo:

@@ -36,7 +36,7 @@ from model_utils import (all_sum, check_common, check_context, encode_prompt, fa
 from rewards import (GRADER_COUNTS, check_golds, extract_answer, grade, grader_stats, overlong_penalty, parse_completion,
                      total_reward)
 from rollout_log import note_tokens, rollout_metrics, rollout_record, show_record
-from run_folder import append_jsonl, check_run, open_logger, open_run
+from run_folder import LOCK, append_jsonl, check_run, hold, open_logger, open_run
 
 
 PREFILL_TOKENS = 2**15  # most tokens of prompts computed at a time
@@ -597,6 +597,7 @@ def main():
     check_context(model_config, max(len(p["prompt"]) for p in problems + held_out), config.max_completion_tokens)
     folder = check_run(config)
     device = init_distributed()
+    hold(folder / LOCK)
     torch.manual_seed(config.seed)
     stop = StopSignal()
 

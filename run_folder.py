@@ -6,25 +6,31 @@
 import atexit
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import importlib
 import json
 import os
 import platform
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from model_utils import barrier, fail, print0, rank, world_size
+from model_utils import barrier, everyone, fail, print0, rank, world_size
 
 LOGS = "metrics.jsonl", "rollouts.jsonl"  # what a training appends to, and all that a resume cuts
 # All names that a training writes, replaces or removes: of files, and of folders.
 FILES = "run.json", "machine.json", *LOGS
 FOLDERS = re.compile(r"(model|step_[0-9]+)(\.tmp|\.old\.tmp)?")
 RESULTS = "records.jsonl", "summary.json"  # what an evaluation writes beside its run.json
+
+LOCK = ".lock"  # in the folder of --out
+NO_LOCKS = errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL
 
 # What may differ when a run goes on: --steps, what it writes down, and how its work is laid out on machines.
 # With a linear or cosine schedule, another --steps bends the rest of the schedule. How many rows are decoded at once
@@ -102,14 +108,17 @@ def remove_run(folder: Path):
 
     run.json stays, for the new run to replace: a kill in between leaves a folder still known as ours.
     """
+    evaluation = folder / "eval"
+    evaluated = stage_of(evaluation) == "evaluation" and not evaluation.is_symlink()
+    if evaluated and (refusal := lock(evaluation / LOCK)):
+        fail(refusal)
     # In reverse, x.old.tmp goes before x, which takes that name.
     for old in sorted((p for p in folder.iterdir() if FOLDERS.fullmatch(p.name)), reverse=True):
         shutil.rmtree(old) if old.suffix else remove(old)
     for name in LOGS:
         (folder / name).unlink(missing_ok=True)
-    evaluation = folder / "eval"
-    if stage_of(evaluation) == "evaluation" and not evaluation.is_symlink():
-        for name in (*RESULTS, "run.json"):
+    if evaluated:
+        for name in (*RESULTS, LOCK, "run.json"):
             (evaluation / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the user's own files in it keep it
             evaluation.rmdir()
@@ -130,6 +139,62 @@ def make_folder(path: Path):
             pass
     except OSError as error:
         fail(f"cannot write in {path} ({error.strerror}); choose another --out")
+
+
+held: dict[tuple[int, int], int] = {}  # this process's locks: (device, inode) -> descriptor
+
+
+def close_locks():
+    """In a fork: it would keep its parent's locks when that is gone; exec closes them itself."""
+    for handle in held.values():
+        os.close(handle)
+    held.clear()
+
+
+os.register_at_fork(after_in_child=close_locks)
+
+
+def hold(path: Path):
+    """Keep every other process out of an output, by a lock on `path` that ends with this process.
+
+    Rank 0 locks. Raises SystemExit on all ranks if another process holds the lock. A collective.
+    """
+    if refusal := everyone(lock(path) if rank() == 0 else None)[0]:
+        fail(refusal)
+
+
+def lock(path: Path) -> str | None:
+    """Lock a file, made if need be and kept, for this process's life; or why that cannot be."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        return f"cannot lock {path} ({error.strerror}); choose another --out"
+    file = os.fstat(handle).st_dev, os.fstat(handle).st_ino
+    if file in held:
+        os.close(handle)
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return (f"{holder} is writing there ({path} is locked): wait for it, stop it, "
+                    "or choose another --out")
+        if error.errno not in NO_LOCKS:
+            return f"cannot lock {path} ({error.strerror}); choose another --out"
+        print0(f"warning: the file system of {path} has no locks ({error.strerror}): "
+               "see to it that no other run writes there")
+        return None
+    text = os.pread(handle, 200, 0)
+    if text and not text.startswith(b"process "):
+        os.close(handle)
+        return f"{path} is no lock of ours: move it away, or choose another --out"
+    held[file] = handle
+    with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return None
 
 
 def check_run(settings) -> Path:

@@ -22,7 +22,7 @@ from model_utils import (all_sum, check_common, encode_prompt, fail, init_distri
                          load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config, print0,
                          progress, rank, world_size)
 from rewards import build_completion
-from run_folder import append_jsonl, check_run, open_logger, open_run
+from run_folder import LOCK, append_jsonl, check_run, hold, open_logger, open_run
 
 
 @dataclass
@@ -123,6 +123,7 @@ def main():
 
     folder = check_run(config)
     device = init_distributed()
+    hold(folder / LOCK)
     stop = StopSignal()
     model = load_sharded(config.model, device, shard_within=config.shard_within, cpu_offload=config.cpu_offload,
                          activation_checkpointing=config.activation_checkpointing)

@@ -1,20 +1,27 @@
 """Settings, prompts, logprobs, batches, schedules, run folders."""
 import dataclasses
+import errno
+import fcntl
 import functools
 import json
 import math
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from attention import pack
 from checkpoint import Checkpoints
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from data.toy import make_tokenizer
 from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, find_stop_ids, lr_at,
                          make_optimizer, micro_batches, optimizer_step, parse_config)
-from run_folder import append_jsonl, check_run, open_run
+from run_folder import append_jsonl, check_run, hold, open_run
 
 
 @dataclasses.dataclass
@@ -250,8 +257,59 @@ def test_overwrite_removes_what_the_record_says_a_run_wrote(tmp_path):
     shutil.rmtree(tmp_path / "step_2024")
     older = {"data": "", **dataclasses.asdict(old)}  # as run.json was before it had a "stage"
     (tmp_path / "run.json").write_text(json.dumps(older))
+    before = contents(tmp_path)
+    with open(tmp_path / "eval/.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="is writing there .*eval/.lock is locked"):
+            open_run(check_run(settings), settings)
+    assert contents(tmp_path) == {**before, "eval/.lock": ""}
     open_run(check_run(settings), settings)
     assert contents(tmp_path).keys() == {*users, "run.json", "machine.json"}
+
+
+@pytest.mark.parametrize("child", ["subprocess.Popen(['sleep', '60']).pid", "os.fork()"])
+def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path, child):
+    code = f"""import os, subprocess, sys, time
+from pathlib import Path
+from run_folder import hold
+hold(Path(sys.argv[1]))
+if child := {child}:  # the fork without exec sleeps below
+    print(os.getpid(), child, flush=True)
+time.sleep(60)"""
+    path = tmp_path / ".lock"
+    other = subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE)
+    pid, child = map(int, other.stdout.readline().split())
+    try:
+        name = re.escape(f"process {pid} on {socket.gethostname()} is writing there")
+        with pytest.raises(SystemExit, match=f"{name} .*stop it, or choose another --out"):
+            hold(path)
+        other.kill()
+        other.wait()
+        os.kill(child, 0)  # it lives on, and does not keep the lock
+        hold(path)
+        hold(path)  # a process may begin twice
+    finally:
+        other.kill()
+        os.kill(child, 9)
+        other.stdout.close()
+
+
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, capsys):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    hold(tmp_path / ".lock")
+    assert capsys.readouterr().out.count("has no locks (No locks available)") == 1
+
+
+def test_a_lock_file_of_the_users_own_stays(tmp_path):
+    write(tmp_path, ".lock")
+    (tmp_path / "linked").symlink_to(tmp_path / ".lock")
+    for name in (".lock", "linked"):
+        with pytest.raises(SystemExit, match=f"{name} .*choose another --out"):
+            hold(tmp_path / name)
+    assert (tmp_path / ".lock").read_text() == "the user's own"
 
 
 def test_resume_and_overwrite_exclude_each_other():

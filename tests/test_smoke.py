@@ -1,4 +1,6 @@
 """Every script through its command line, in the order of a real run, and what each says to bad input."""
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -8,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import distill
 import eval as evaluation
 import grpo
+import sft
 from conftest import ROOT
 from data.toy import make_model, make_tokenizer
 
@@ -146,6 +150,54 @@ def test_overwrite_waits_for_the_slowest_rank_to_be_able_to_start(tmp_path):
         open_run(folder, settings)""", ranks=2)
     assert "rank 1: error: no\n" in said
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "run.json", "step_1"]
+
+
+@pytest.fixture
+def locked():
+    """locked(path): lock that file as another process would."""
+    with contextlib.ExitStack() as stack:
+        def lock(path):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("process 7 on elsewhere\n")
+            fcntl.flock(stack.enter_context(open(path)), fcntl.LOCK_EX)
+        yield lock
+
+
+@pytest.mark.parametrize("script, out, lock, flags", [
+    (grpo, "out", "out/.lock", "--data train.jsonl --steps 1 --questions 4 --max_plan_tokens 30"),
+    (sft, "out", "out/.lock", "--data plans.jsonl --epochs 1 --batch_size 12"),
+    (evaluation, "out", "out/.lock", "--data test.jsonl --n 1 --limit 2"),
+    (distill, "plans.jsonl", ".plans.jsonl.lock", "--data sft.jsonl --teacher rule"),
+], ids=["grpo", "sft", "eval", "distill"])
+@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)], ids=str)
+def test_a_second_run_is_kept_out(run, tmp_path, monkeypatch, locked, script, out, lock, flags,
+                                  more):
+    locked(tmp_path / lock)
+    words = [run / word if word.endswith(".jsonl") else word for word in flags.split()]
+    if script is not distill:
+        words += ["--model", run / "sft/model"]
+    if script in (grpo, evaluation):
+        words += TINY
+    refusal = "process 7 on elsewhere is writing there .*: wait for it, stop it, or choose another"
+    with pytest.raises(SystemExit, match=refusal):
+        main(monkeypatch, script, *words, "--out", tmp_path / out, *more)
+    assert {path.name for path in tmp_path.rglob("*")} <= {"out", ".lock", ".plans.jsonl.lock"}
+
+
+def test_all_ranks_end_where_another_run_holds_the_lock(tmp_path, locked):
+    locked(tmp_path / "run/.lock")
+    said = refuse(tmp_path, f"""from pathlib import Path
+    from model_utils import barrier, init_distributed
+    from run_folder import hold
+    init_distributed("cpu")
+    try:
+        hold(Path({str(tmp_path / "run/.lock")!r}))
+    except SystemExit:
+        Path({str(tmp_path)!r}, f"refused {{rank()}}").touch()
+        time.sleep(2)
+        raise""", ranks=2)
+    assert said.count("error: process 7 on elsewhere is writing there") == 1
+    assert len(list(tmp_path.glob("refused *"))) == 2
 
 
 def test_a_rank_that_fails_alone_speaks_for_itself(tmp_path):
