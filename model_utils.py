@@ -219,8 +219,9 @@ def load_tokenizer(path: str, thinking: bool = True):
     """
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        refuse_code(path, error)
         fail(f"no usable tokenizer at {path!r} ({str(error).splitlines()[0][:100]}); copy the model's tokenizer files there")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no end-of-text token; set eos_token in its tokenizer_config.json")
@@ -266,14 +267,31 @@ def find_stop_ids(model, tokenizer) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------
 # Models: load, shard, gather for sampling, save
 
+def refuse_code(path: str, error: Exception):
+    """Refuse a model that needs code of its own, if that is what transformers' error says."""
+    if "custom code" in str(error):
+        fail(f"{path} needs Python code that comes with it, and such code is never run here: choose a "
+             "model that transformers knows by itself")
+
+
 def load_config(path: str):
-    """The model's config, read before any weights so that bad settings are refused early. Raises SystemExit."""
-    from transformers import AutoConfig
+    """The model's config, read before any weights so that bad settings are refused early. Raises SystemExit.
+
+    Code that comes with a model is never run: without trust_remote_code=False in every from_pretrained
+    and from_config, transformers would ask on the terminal, and run it at a `y`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError):  # not there, or without a usable config.json
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:  # not there, or without a usable config.json
+        refuse_code(path, error)
         fail(f"no model at {path!r}: give a Hugging Face folder or the id of a model that can be downloaded "
              "(for the embedded default see `make demo`)")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        fail(f"{path} is of model_type {config.model_type!r}, for which transformers has no causal "
+             "language model; choose another model")
+    if getattr(config, "auto_map", None):
+        print0(f"{path} brings Python code, which is not run: transformers' own {config.model_type} is used")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         fail(f"{path} caps its attention scores (Gemma 2), which attention.py does not do; choose another model")
     return config
@@ -294,7 +312,8 @@ def of_usable_weights(load):
         from safetensors import SafetensorError
         try:
             return load(path, *args, **options)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
+            refuse_code(path, error)
             remedy = "copy the model's files there again" if Path(path).is_dir() else "look at the network, its id and the free disk"
             fail(f"no usable weights at {path!r} ({str(error).splitlines()[0][:150]}); {remedy}")
     return run
@@ -307,7 +326,8 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
     from transformers.utils import logging
     if rank() != 0 or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading and saving; our own bars are quiet there too
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa",
+                                                 trust_remote_code=False)
     return use_attention(model.to(device).eval())
 
 
@@ -368,7 +388,8 @@ def load_sharded(path: str, device: torch.device, dtype: torch.dtype = torch.flo
     from transformers import AutoModelForCausalLM, GenerationConfig
     config = load_config(path)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa",
+                                                 trust_remote_code=False).eval()
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(path)
     shard_model(model, device, **options)
@@ -387,7 +408,8 @@ def load_sharded(path: str, device: torch.device, dtype: torch.dtype = torch.flo
     if set(model_tensors(model)) <= set(stored):
         fill(model, stored)
     else:
-        whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict() if rank() == 0 else {}
+        whole = (AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False).state_dict()
+                 if rank() == 0 else {})
         for name, tensor in model_tensors(model).items():
             value = whole[name].to(device, dtype) if rank() == 0 else torch.empty(tensor.shape, dtype=dtype, device=device)
             dist.broadcast(value, 0)

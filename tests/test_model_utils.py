@@ -1,17 +1,20 @@
 """Settings, prompts, logprobs, batches, schedules, run folders."""
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
+import sys
 
 import pytest
 import torch
 
 from attention import pack
 from conftest import make_tiny
-from data.toy import make_tokenizer
-from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, find_stop_ids, lr_at,
-                         make_optimizer, micro_batches, optimizer_step, parse_config)
+from data.toy import make_model, make_tokenizer
+from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, find_stop_ids, load_config, load_model,
+                         load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config)
 from run_folder import append_jsonl, check_run, open_run
 
 
@@ -218,3 +221,65 @@ def test_lengths_beyond_the_context_are_refused():
     check_context(make_tiny("qwen2").config, 100, 156)
     with pytest.raises(SystemExit, match="context of 256; lower --max_completion_tokens"):
         check_context(make_tiny("qwen2").config, 100, 157)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model folders
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with a tiny toy model and its tokenizer."""
+    make_model(make_tokenizer(), width=16, layers=1, heads=2).save_pretrained(tmp_path / "toy")
+    make_tokenizer().save_pretrained(tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+CODE = """open({mark!r}, "w").close()
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+
+class Odd(PretrainedConfig):
+    model_type = "odd"
+
+
+class OddModel(Qwen2ForCausalLM):
+    config_class = Odd
+
+
+class OddTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("odd", "needs Python code that comes with it, .* never run here: choose a model that transformers"),
+    ("vit", "model_type 'vit', for which transformers has no causal language model; choose another"),
+    ("qwen2", "")])
+def test_code_that_comes_with_a_model_is_never_run(toy, tmp_path, monkeypatch, capsys, kind, message):
+    """Not even if the terminal says y, where transformers asks; its own class is taken where it has one."""
+    (toy / "code.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+    edit(toy / "config.json", model_type=kind,
+         auto_map={"AutoConfig": "code.Odd", "AutoModelForCausalLM": "code.OddModel"})
+    edit(toy / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.OddTokenizer"]})
+
+    stages = [lambda: load_config(str(toy)), lambda: load_tokenizer(str(toy)),
+              lambda: load_model(str(toy), torch.device("cpu"))]
+    for stage in stages:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+        if kind == "qwen2":
+            stage()
+        elif stage is stages[0]:
+            with pytest.raises(SystemExit, match=message) as stop:
+                stage()
+            assert "\n" not in str(stop.value)
+        else:  # scripts have ended by then
+            with contextlib.suppress(SystemExit):
+                stage()
+        assert not (tmp_path / "ran").exists()
+    said = capsys.readouterr().out
+    assert "Do you wish" not in said
+    assert ("not run: transformers' own qwen2 is used" in said) == (kind == "qwen2")
