@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import operator
 import os
@@ -220,9 +221,12 @@ def load_tokenizer(path: str, thinking: bool = True):
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises a bare Exception at a damaged file
         refuse_code(path, error)
-        fail(f"no usable tokenizer at {path!r} ({str(error).splitlines()[0][:100]}); copy the model's tokenizer files there")
+        fail(f"no usable tokenizer at {path!r} ({in_short(error)}); copy the model's tokenizer files there")
+    # Without files, transformers makes one without words for some models: it would encode all as nothing.
+    if set(tokenizer.get_vocab()) <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
+        fail(f"no tokenizer at {path!r} (it has no words); copy the model's tokenizer files there")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no end-of-text token; set eos_token in its tokenizer_config.json")
     if tokenizer.chat_template is None:
@@ -267,11 +271,34 @@ def find_stop_ids(model, tokenizer) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------
 # Models: load, shard, gather for sampling, save
 
+def in_short(error: Exception) -> str:
+    """What an error says, in one line of bounded length."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
 def refuse_code(path: str, error: Exception):
     """Refuse a model that needs code of its own, if that is what transformers' error says."""
     if "custom code" in str(error):
         fail(f"{path} needs Python code that comes with it, and such code is never run here: choose a "
              "model that transformers knows by itself")
+
+
+def why_no_config(path: str, error: Exception) -> str:
+    """Why transformers found no config that it can use at `path`, and the remedy, in one sentence."""
+    from transformers import CONFIG_MAPPING
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir() and isinstance(error, OSError):
+        return (f"no model at {path!r}: give a Hugging Face folder or the id of a model that can be "
+                "downloaded (for the embedded default see `make demo`)")
+    if Path(path).is_dir() and not file.exists():
+        return (f"the folder {path} holds no config.json, so no model: copy the model's files there, or "
+                "give the folder that holds them")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a hub id, no JSON, no object
+        kind = json.loads(file.read_text()).get("model_type")
+        if kind and kind not in CONFIG_MAPPING:
+            return (f"{file} names the model_type {kind!r}, which this transformers does not know: install "
+                    "a version that does, or choose another model")
+    return f"{file} cannot be used ({in_short(error)}); copy the model's own there again"
 
 
 def load_config(path: str):
@@ -281,12 +308,13 @@ def load_config(path: str):
     and from_config, transformers would ask on the terminal, and run it at a `y`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    if Path(path).is_file():
+        fail(f"{path} is a file: give the folder with all of the model's files")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:  # not there, or without a usable config.json
+    except Exception as error:  # of many kinds, where config.json is damaged
         refuse_code(path, error)
-        fail(f"no model at {path!r}: give a Hugging Face folder or the id of a model that can be downloaded "
-             "(for the embedded default see `make demo`)")
+        fail(why_no_config(path, error))
     if type(config) not in AutoModelForCausalLM._model_mapping:
         fail(f"{path} is of model_type {config.model_type!r}, for which transformers has no causal "
              "language model; choose another model")
@@ -315,7 +343,7 @@ def of_usable_weights(load):
         except (OSError, ValueError, SafetensorError) as error:
             refuse_code(path, error)
             remedy = "copy the model's files there again" if Path(path).is_dir() else "look at the network, its id and the free disk"
-            fail(f"no usable weights at {path!r} ({str(error).splitlines()[0][:150]}); {remedy}")
+            fail(f"no usable weights at {path!r} ({in_short(error)}); {remedy}")
     return run
 
 

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -283,3 +284,41 @@ def test_code_that_comes_with_a_model_is_never_run(toy, tmp_path, monkeypatch, c
     said = capsys.readouterr().out
     assert "Do you wish" not in said
     assert ("not run: transformers' own qwen2 is used" in said) == (kind == "qwen2")
+
+
+def refused(function, *args) -> str:
+    with pytest.raises(SystemExit) as stop:
+        function(*map(str, args))
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])  # of whose tokenizers transformers makes nothing alike
+def test_a_model_folder_without_tokenizer_files_is_refused(tmp_path, family):
+    make_tiny(family).save_pretrained(tmp_path)
+    said = refused(load_tokenizer, tmp_path)
+    assert re.search(f"no .*tokenizer at '{tmp_path}' .*; copy the model's tokenizer files there", said)
+
+
+def test_a_damaged_tokenizer_is_refused(toy):
+    (toy / "tokenizer.json").write_text('{"model": 3}')
+    assert "no usable tokenizer at" in refused(load_tokenizer, toy)
+
+
+def test_why_a_folder_holds_no_model_is_said(toy):
+    """'no model at' is said of what is not there only."""
+    file = toy / "config.json"
+    whole = json.loads(file.read_text())
+    assert "is a file: give the folder" in refused(load_config, file)
+    untyped = {name: value for name, value in whole.items() if name != "model_type"}
+    for text, message in (("{", "config.json cannot be used (It looks like"), ("[]", "config.json cannot be used ("),
+                          (json.dumps({**whole, "hidden_size": "many"}), "cannot be used (Validation error"),
+                          (json.dumps(untyped), "cannot be used (Unrecognized model"),
+                          (json.dumps({**whole, "model_type": "odd"}), "names the model_type 'odd', which this "
+                           "transformers does not know: install a version that does, or choose another")):
+        file.write_text(text)
+        said = refused(load_config, toy)
+        assert message in said and "no model at" not in said
+    file.unlink()
+    assert f"the folder {toy} holds no config.json, so no model: copy" in refused(load_config, toy)
+    assert "no model at" in refused(load_config, "nowhere/at/all/model")
