@@ -350,13 +350,38 @@ def of_usable_weights(load):
 @of_usable_weights
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
     """A causal language model in eval mode for good: rollout and update must see the same network, without dropout."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     if rank() != 0 or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading and saving; our own bars are quiet there too
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa",
-                                                 trust_remote_code=False)
-    return use_attention(model.to(device).eval())
+    return use_attention(read_model(path, dtype).to(device).eval())
+
+
+def read_model(path: str, dtype):
+    """The model as transformers loads it. Raises SystemExit if a tensor is missing or of another shape.
+
+    Otherwise transformers would fill it at random: another network on each load, the reference's
+    included. Tied weights and what no file holds (rotary frequencies) are not missing.
+    """
+    from transformers import AutoModelForCausalLM
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True,
+        ignore_mismatched_sizes=True)  # to say it in a sentence of our own
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        refuse_shape(name, stored, wanted)
+    refuse_missing(path, report["missing_keys"])
+    return model
+
+
+def refuse_missing(where, names):
+    """Refuse weights that lack tensors, if there are `names` of such. Raises SystemExit."""
+    if names:
+        fail(f"the weights in {where} lack {min(names)}" + f" and {len(names) - 1} more" * (len(names) > 1)
+             + ": copy the model's files there again, or choose another model")
+
+
+def refuse_shape(name: str, stored, wanted):
+    fail(f"{name} is stored with shape {list(stored)}, the model has {list(wanted)}: config.json and weights do not "
+         "belong together; copy the model's files there again")
 
 
 def shard_model(model, device: torch.device | None = None, *, shard_within: str = "world",
@@ -436,8 +461,7 @@ def load_sharded(path: str, device: torch.device, dtype: torch.dtype = torch.flo
     if set(model_tensors(model)) <= set(stored):
         fill(model, stored)
     else:
-        whole = (AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=False).state_dict()
-                 if rank() == 0 else {})
+        whole = read_model(path, "auto").state_dict() if rank() == 0 else {}
         for name, tensor in model_tensors(model).items():
             value = whole[name].to(device, dtype) if rank() == 0 else torch.empty(tensor.shape, dtype=dtype, device=device)
             dist.broadcast(value, 0)
@@ -497,14 +521,14 @@ def read_rows(handle, name: str, like: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a stored tensor that is cut over the ranks as `like` is. Raises SystemExit at another shape."""
     stored = handle.get_slice(name)
     if stored.get_shape() != list(like.shape):
-        fail(f"{name} is stored with shape {stored.get_shape()}, the model has {list(like.shape)}: config.json and "
-             "weights do not belong together")
+        refuse_shape(name, stored.get_shape(), like.shape)
     return stored[local_rows(like)] if like.ndim else handle.get_tensor(name)
 
 
 @torch.no_grad()
 def fill(model, stored: dict):
-    """Read every tensor of a model, each rank its own rows, one at a time."""
+    """Read every tensor of a model, each rank its own rows, one at a time. Raises SystemExit if one is missing."""
+    refuse_missing("the checkpoint", set(model_tensors(model)) - set(stored))
     for name, tensor in model_tensors(model).items():
         local(tensor).copy_(read_rows(stored[name], name, tensor))
 

@@ -10,12 +10,14 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from attention import pack
 from conftest import make_tiny
 from data.toy import make_model, make_tokenizer
-from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, find_stop_ids, load_config, load_model,
-                         load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config)
+from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, fill, find_stop_ids, load_config, load_model,
+                         load_sharded, load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config)
 from run_folder import append_jsonl, check_run, open_run
 
 
@@ -322,3 +324,31 @@ def test_why_a_folder_holds_no_model_is_said(toy):
     file.unlink()
     assert f"the folder {toy} holds no config.json, so no model: copy" in refused(load_config, toy)
     assert "no model at" in refused(load_config, "nowhere/at/all/model")
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "sharded"])
+def load(request):
+    """load_sharded, alone and in a process group, where every rank reads its own rows."""
+    if request.param:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield lambda path: load_sharded(str(path), torch.device("cpu"))
+    if request.param:
+        dist.destroy_process_group()
+
+
+def test_weights_that_miss_a_tensor_are_refused(toy, load):
+    """Filled at random, it would be another network on each load, so another one in policy and reference."""
+    file = toy / "model.safetensors"
+    stored = load_file(file)
+    assert "lm_head.weight" not in stored and load(toy).config.tie_word_embeddings  # tied: nothing is missing
+    missing = {name: t for name, t in stored.items() if "layernorm" not in name}
+    save_file(missing, file, metadata={"format": "pt"})
+    assert re.search(f"the weights in {toy} lack model.layers.0.input_layernorm.weight and 1 more: copy the model's "
+                     "files there again, or choose another model", refused(load, toy))
+    with pytest.raises(SystemExit, match="the weights in the checkpoint lack model.layers.0.input_layernorm.weight"):
+        fill(make_model(make_tokenizer(), width=16, layers=1, heads=2), missing)
+    save_file({**stored, "model.norm.weight": torch.ones(15)}, file, metadata={"format": "pt"})
+    assert re.search(r"model.norm.weight is stored with shape \[15\], the model has \[16\]: .*; copy", refused(load, toy))
+    edit(toy / "config.json", tie_word_embeddings=False)
+    save_file(stored, file, metadata={"format": "pt"})
+    assert "lack lm_head.weight:" in refused(load, toy)
