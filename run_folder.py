@@ -7,6 +7,7 @@ import atexit
 import dataclasses
 import importlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -129,7 +130,16 @@ def append_jsonl(path: Path, records: list[dict]):
     """Add records to a JSONL file (rank 0), one line each, flushed to the operating system."""
     if rank() == 0:
         with open(path, "a") as handle:
-            handle.write("".join(json.dumps(record) + "\n" for record in records))
+            handle.write("".join(json.dumps(finite(record)) + "\n" for record in records))
+
+
+def finite(value):
+    """A record with None for each number that is not finite: JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def machine() -> dict[str, str]:

@@ -326,3 +326,24 @@ def test_a_gradient_that_stays_bad_ends_the_run(start, monkeypatch, tmp_path):
         train(monkeypatch, start, tmp_path / "run", "--max_skipped", 2)
     assert [m["skipped"] for m in metrics(tmp_path / "run")] == [1, 0, 1, 1]  # one alone is passed over
     assert damage(tmp_path / "run/step_2") is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_policy_that_has_diverged_is_logged_and_ends_the_run(start, monkeypatch, tmp_path, value):
+    """Its logs stay JSON, which knows no NaN: null stands for what is not finite."""
+    load_sharded = grpo.load_sharded
+
+    def diverged(*args, **options):
+        model = load_sharded(*args, **options)
+        with torch.no_grad():
+            model.get_decoder().norm.weight.fill_(value)
+        return model
+    monkeypatch.setattr(grpo, "load_sharded", diverged)
+    with pytest.raises(SystemExit, match="not finite in 2 steps in a row, all skipped"):
+        train(monkeypatch, start, tmp_path / "run", "--max_skipped", 2, "--show_every", 1, "--eval_every", 1, "--eval_size", 2)
+
+    def strict(name):
+        return [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run" / name).read_text().splitlines()]
+    assert [(m["step"], m["skipped"], m["loss"]) for m in strict("metrics.jsonl")] == [(1, 1, None), (2, 1, None)]
+    completion = strict("rollouts.jsonl")[0]["plans"][0]["completions"][0]
+    assert None in completion["per_token"]["surprise"] and len(completion["per_token"]["width"]) == completion["tokens"]
