@@ -323,8 +323,15 @@ class Interrupted(BaseException):
     """Raised by a stop signal where `unless_stopped` allows it."""
 
 
+# SIGHUP: the terminal that the run was started on is gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class StopSignal:
-    """The first SIGTERM or SIGINT asks for a stop at the next safe point; a second one ends the process at once."""
+    """The first of STOP_SIGNALS asks for a stop at the next safe point; a second one ends the process at once.
+
+    SIGHUP stays ignored where it was, as under nohup.
+    """
     came = False  # to this process, at any time
 
     def __init__(self):
@@ -334,8 +341,9 @@ class StopSignal:
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._sockets = reader, writer
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def _watch(self, reader: socket.socket):
@@ -344,7 +352,7 @@ class StopSignal:
             first = first or time.monotonic()
             # Ctrl-C and batch systems signal torchrun and ranks alike, and torchrun passes its own on: an echo of the
             # first signal within two seconds is not a second one.
-            if number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - first > 2:
+            if number in STOP_SIGNALS and time.monotonic() - first > 2:
                 os._exit(128 + number)
 
     def _on_signal(self, number: int, frame):
@@ -451,9 +459,9 @@ def guarded(main):
         if world_size() == 1:
             sys.exit(code)
         atexit._run_exitfuncs()
-    if message:
-        print(message, file=sys.stderr)
     with contextlib.suppress(OSError):
+        if message:
+            print(message, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
     # Not by way of the interpreter's end: there a thread of the process group can abort a run whose work is done.

@@ -146,8 +146,9 @@ def init_distributed(device: str = "auto") -> torch.device:
 def print0(*args):
     """Print on rank 0, above a progress bar if one is on the screen."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, args)))
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a terminal that is gone must not keep a run from saving
+            tqdm.write(" ".join(map(str, args)))
+            sys.stdout.flush()
 
 
 def progress(total: int, done: int, name: str) -> tqdm:

@@ -1,10 +1,13 @@
 """Checkpoints, resuming, stop signals and failures, in one process; test_faults.py has those that take several."""
 import dataclasses
+import fcntl
 import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ import grpo
 from attention import pack
 from bench.faults import metrics, same
 from checkpoint import STOPPED, Checkpoints, StopSignal, damage, guarded, plan_files, resume, step_folders
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from data.toy import make_model, make_problems, make_tokenizer
 from model_utils import make_optimizer, optimizer_step, shard_model
 from run_folder import append_jsonl, changed_settings, check_run, open_run
@@ -246,6 +249,32 @@ def test_a_signal_ends_what_may_be_interrupted_and_is_remembered():
     assert stop.agreed(torch.device("cpu")) == signal.SIGTERM
     assert stop.unless_stopped(lambda: 1) is None  # from now on nothing begins
     os.kill(os.getpid(), signal.SIGTERM)  # an echo, as torchrun passes it on: not the end
+
+
+def test_a_terminal_that_closes_stops_a_run_with_a_save(start, tmp_path):
+    """It takes the screen along: what is printed then goes nowhere. Under nohup, SIGHUP says nothing."""
+    terminal, screen = os.openpty()
+    command = [sys.executable, ROOT / "grpo.py", "--model", start / "model", "--data", start / "train.jsonl", "--out", tmp_path,
+               "--steps", 999, "--questions", 2, "--plans", 2, "--cots", 2, "--max_plan_tokens", 10, "--max_completion_tokens",
+               16, "--eval_every", 0, "--save_every", 0]
+    run = subprocess.Popen([*map(str, command)], stdin=screen, stdout=screen, stderr=screen, start_new_session=True,
+                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                           preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(screen)
+    seen = b""
+    while b"step 2/" not in seen:
+        seen += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert run.wait(60) == STOPPED
+    (saved,) = step_folders(tmp_path)
+    assert damage(saved) is None
+
+
+def test_sighup_stays_ignored_where_it_was():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    assert stop.unless_stopped(lambda: os.kill(os.getpid(), signal.SIGHUP) or 1) == 1
+    assert stop.agreed(torch.device("cpu")) == 0
 
 
 def test_a_failure_becomes_one_message(monkeypatch, capsys):
