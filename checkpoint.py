@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from model_utils import (all_max, barrier, everyone, fail, fill, local, model_tensors, open_tensors, print0, rank,
                          read_rows, world_size)
-from run_folder import changed_settings
+from run_folder import append_jsonl, changed_settings
 
 FILE_BYTES = 4 << 30
 STOPPED = 75  # exit code of a run that was asked to stop and saved: EX_TEMPFAIL, "try again later"
@@ -104,6 +104,7 @@ class Checkpoints:
         self.folder, self.model, self.tokenizer, self.optimizer = Path(folder), model, tokenizer, optimizer
         self.settings, self.keep, self.on_error = dataclasses.asdict(settings), keep, on_error
         self.thread: threading.Thread | None = None
+        self.lost: list[str] = []  # what the logs did not take in this step
         if rank() == 0:
             for left in (*self.folder.glob("step_*.tmp"), *self.folder.glob("model.tmp")):
                 shutil.rmtree(left)
@@ -115,6 +116,7 @@ class Checkpoints:
         The latter is in the dtype that the model computes in. Waits for a save that is still being written.
         """
         self.poll(wait=True)
+        trouble = None
         compute = torch.bfloat16 if torch.cuda.is_available() and state is None else torch.float32
         files = plan_files(list(model_tensors(self.model).items()), "model")
         total = sum(t.numel() * compute.itemsize for part in files.values() for _, t in part)
@@ -125,11 +127,14 @@ class Checkpoints:
             total += sum(t.numel() * t.element_size() for part in files.values() for _, t in part)
             mine.update(copy_to_cpu(files))
             logs = {}
-            for log in sorted(self.folder.glob("*.jsonl")) if rank() == 0 else ():
-                flush(log)  # a resume cuts the log back to this size: the disk must hold that much
-                logs[log.name] = log.stat().st_size
+            try:
+                for log in sorted(self.folder.glob("*.jsonl")) if rank() == 0 else ():
+                    flush(log)  # a resume cuts the log back to this size: the disk must hold that much
+                    logs[log.name] = log.stat().st_size
+            except OSError as error:
+                trouble = f"{log.name}: {error.strerror}"
             state = {**state, "logs": logs, "settings": self.settings}
-        self.name, self.state, self.bytes, self.error, self.written = name, state, total, None, {}
+        self.name, self.state, self.bytes, self.error, self.written = name, state, total, trouble, {}
         config = copy.deepcopy(self.model.config)
         config.architectures, config.dtype = [type(self.model).__name__.removeprefix("FSDP")], compute
         small = {"trainer.json": state} if state else {}
@@ -138,11 +143,20 @@ class Checkpoints:
         self.thread = threading.Thread(target=self._write, args=(mine, config, small), daemon=True)
         self.thread.start()
 
+    def log(self, file: str, records: list[dict]):
+        """Add records to a log of the run (rank 0). What the disk does not take is dealt with in `after_step`."""
+        try:
+            append_jsonl(self.folder / file, records)
+        except OSError as error:
+            self.lost.append(f"{len(records)} line{'s' * (len(records) > 1)} of {file} ({error.strerror})")
+
     def after_step(self, state: dict, last: bool, stop: "StopSignal"):
         """What follows every step: end a run that only skips; save when it is time; save and end on a stop signal.
 
         `state` holds at least `step`, the number of steps done, and `skipped`, those of them at the end in a row.
         """
+        if all_max(len(self.lost), self.model.device):
+            self._complain_of_logs(state, last)
         check_skipped(state["skipped"], self.settings["max_skipped"], self)
         if last:
             return
@@ -231,6 +245,17 @@ class Checkpoints:
         if self.on_error == "stop" or self.state is None:
             fail(f"{message}, then go on with --resume auto.")
         print0(f"warning: {message}; the run goes on, as --on_save_error continue says.")
+
+    def _complain_of_logs(self, state: dict, last: bool):
+        """Say which lines the disk did not take; save and end, unless the settings or the last step say otherwise."""
+        message = f"{self.folder} did not take {' and '.join(everyone(self.lost)[0])} at step {state['step']}"
+        self.lost = []
+        if self.on_error == "continue":
+            return print0(f"warning: {message}: lost; the run goes on, as --on_save_error continue says.")
+        print0(f"warning: {message}: lost")
+        if not last:  # else the final model is saved next, and says itself if it cannot be
+            save_step(self, state)
+            fail(f"{message}. The state after it is saved: make room or mend the folder, then go on with --resume auto.")
 
 
 def remove(folder: Path):
@@ -380,13 +405,18 @@ class StopSignal:
         return all_max(self.number, device)
 
 
-def stop_run(checkpoints: Checkpoints, state: dict, number: int):
-    """Save the state after the last whole step, unless that is done already, and leave with exit code 75."""
+def save_step(checkpoints: Checkpoints, state: dict):
+    """Save the state after the last whole step, unless that is done already."""
     checkpoints.poll(wait=True)
     name = f"step_{state['step']}"
     if state["step"] and not (checkpoints.folder / name / "manifest.json").exists():
         checkpoints.save(name, state)
         checkpoints.poll(wait=True)
+
+
+def stop_run(checkpoints: Checkpoints, state: dict, number: int):
+    """Save the state after the last whole step and leave with exit code 75."""
+    save_step(checkpoints, state)
     print0(f"stopped by {signal.Signals(number).name} after step {state['step']}; go on with --resume auto")
     raise SystemExit(STOPPED)
 

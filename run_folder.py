@@ -127,10 +127,21 @@ def write_whole(path: Path, value):
 
 
 def append_jsonl(path: Path, records: list[dict]):
-    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system."""
-    if rank() == 0:
-        with open(path, "a") as handle:
-            handle.write("".join(json.dumps(finite(record)) + "\n" for record in records))
+    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system: all or none.
+
+    Raises OSError, on a full disk for one.
+    """
+    if rank() != 0:
+        return
+    data = "".join(json.dumps(finite(record)) + "\n" for record in records).encode()
+    with open(path, "ab", buffering=0) as handle:  # a buffer would be written again on closing
+        end = os.fstat(handle.fileno()).st_size
+        try:
+            while data:  # a full disk takes a part first
+                data = data[handle.write(data):]
+        except OSError:
+            handle.truncate(end)  # no half line
+            raise
 
 
 def finite(value):

@@ -18,7 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import checkpoint
+import eval as evaluation
 import grpo
+import run_folder
 from attention import pack
 from bench.faults import metrics, same
 from checkpoint import STOPPED, Checkpoints, StopSignal, damage, guarded, plan_files, resume, step_folders
@@ -215,6 +217,57 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, capsy
     assert not list(tmp_path.glob("*.tmp"))
     trainee.step(3)
     assert [path.name for path in step_folders(tmp_path)] == ["step_3"]
+
+
+@pytest.mark.parametrize("then, steps", [("stop", 6), ("stop", 4), ("continue", 6)])
+def test_a_log_that_cannot_be_written(start, monkeypatch, tmp_path, capsys, then, steps):
+    """From step 4 on. The last step's state is what the final model holds anyway."""
+    out = tmp_path / "run"
+
+    def full(path, *args, **kwargs):
+        if Path(path).suffix == ".jsonl" and (out / "metrics.jsonl").exists() and len(metrics(out)) == 3:
+            raise OSError(28, "No space left on device")
+        return open(path, *args, **kwargs)
+    flags = ["--save_every", 0, "--on_save_error", then, "--steps", steps]
+    lost = r"did not take 1 line of metrics.jsonl \(No space left on device\) and 2 lines of rollouts.jsonl .* at step 4"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "open", full, raising=False)
+        if (then, steps) == ("stop", 6):
+            with pytest.raises(SystemExit, match=f"{lost}. The state after it is saved: make room .*--resume auto"):
+                train(monkeypatch, start, out, *flags)
+        else:
+            train(monkeypatch, start, out, *flags)
+            assert re.search(f"{lost}: lost", capsys.readouterr().out)
+    if (then, steps) == ("stop", 6):
+        assert [path.name for path in step_folders(out)] == ["step_4"] and not (out / "model").exists()
+        train(monkeypatch, start, out, *flags, "--resume")
+        assert [m["step"] for m in metrics(out)] == [1, 2, 3, 5, 6]
+    assert (out / "model/model.safetensors").exists()
+
+
+def test_an_evaluation_that_cannot_be_written_ends_with_one_sentence(start, monkeypatch, tmp_path):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(run_folder, "open", full, raising=False)
+    monkeypatch.setattr(sys, "argv", [
+        "eval.py", "--model", str(start / "model"), "--data", str(start / "train.jsonl"), "--out", str(tmp_path / "e"),
+        "--limit", "2", "--n", "1", "--max_completion_tokens", "16"])
+    with pytest.raises(SystemExit, match="records.jsonl cannot be written .No space left.*make room .*--resume"):
+        evaluation.main()
+
+
+def test_a_log_that_cannot_be_flushed_is_a_save_that_fails(tmp_path, monkeypatch):
+    trainee = Trainee(tmp_path)
+    trainee.step(1)
+    flush = checkpoint.flush
+
+    def no_room(path):
+        if path.name == "metrics.jsonl":
+            raise OSError(28, "No space left on device")
+        flush(path)
+    monkeypatch.setattr(checkpoint, "flush", no_room)
+    with pytest.raises(SystemExit, match="step_2 was not saved .*metrics.jsonl: No space left on device.* step_1 is whole"):
+        trainee.step(2)
 
 
 def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):

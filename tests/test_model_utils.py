@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import resource
 import sys
 
 import pytest
@@ -212,6 +213,19 @@ def test_overwrite_does_not_clear_a_runs_own_input(tmp_path):
     with pytest.raises(SystemExit, match="--model .* lies in --out"):
         check_run(Run(out=str(tmp_path / "run"), model=str(tmp_path / "run/model"), overwrite=True))
     assert (tmp_path / "run/model").exists()
+
+
+def test_a_log_holds_whole_lines_where_the_disk_takes_half_of_one(tmp_path):
+    append_jsonl(tmp_path / "log.jsonl", [{"step": 1}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+        with pytest.raises(OSError):
+            append_jsonl(tmp_path / "log.jsonl", [{"step": 2}, {"step": 3}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_jsonl(tmp_path / "log.jsonl", [{"step": 4}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 4}\n'
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
