@@ -206,9 +206,11 @@ class Checkpoints:
                 self._commit(temporary, target, files)
             except OSError as error:
                 trouble = [str(error)]
+                if self.state is None and temporary.is_dir():  # the work of the whole run
+                    trouble = [f"{error}; it lies in {temporary}: move it to where you want it"]
         trouble = everyone(trouble)[0]
         if trouble:
-            if rank() == 0:
+            if rank() == 0 and (errors or self.state is not None):
                 shutil.rmtree(temporary, ignore_errors=True)
             self._complain(trouble[0])
         barrier()  # nobody begins another save before this one is out of the way
@@ -224,7 +226,11 @@ class Checkpoints:
             (temporary / "manifest.json").write_text(json.dumps(files, indent=1) + "\n")
             flush(temporary / "manifest.json")
         flush(temporary)
-        if target.exists():  # a damaged one that a resume has passed over
+        if self.state is None:
+            wanted, target = target, unused(target)
+            if target != wanted:
+                print0(f"warning: {wanted} has been put there by somebody else: the model is saved as {target}")
+        elif target.exists():  # a damaged one that a resume has passed over
             remove(target)
         temporary.rename(target)
         flush(self.folder)
@@ -258,11 +264,18 @@ class Checkpoints:
             fail(f"{message}. The state after it is saved: make room or mend the folder, then go on with --resume auto.")
 
 
+def unused(path: Path) -> Path:
+    """The path, or if something is there the first of path.new, path.new.new, ... where nothing is."""
+    while os.path.lexists(path):  # a link that leads nowhere, too
+        path = path.with_name(path.name + ".new")
+    return path
+
+
 def remove(folder: Path):
     """Delete a checkpoint; killed half-way, what is left does not bear a checkpoint's name."""
     doomed = folder.with_name(folder.name + ".old.tmp")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)  # what a link leads to is not ours
 
 
 # ---------------------------------------------------------------------------------------------------------------

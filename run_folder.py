@@ -64,7 +64,8 @@ def check_run(settings) -> Path:
     the run is finished already: a command that is queued again and again then ends as the last one did.
     """
     out, folder, resume = settings.out, Path(settings.out), settings.resume
-    finished = (folder / "model").exists()
+    finished = (folder / "model").is_dir()  # or a link to one: finished, and moved away
+    refuse_blocked(folder, settings)
     refuse_occupied(folder, settings)
     for name in ("model", "data", "eval_data"):  # a run's own inputs must not lie among what --overwrite removes
         value = getattr(settings, name, "")
@@ -87,6 +88,17 @@ def check_run(settings) -> Path:
     return folder
 
 
+def refuse_blocked(folder: Path, settings):
+    """Refuse a link or a file where the run is to put a folder: hours later, nothing could be saved there.
+
+    A link to a checkpoint is fine to --resume from.
+    """
+    for path in (folder / "model", folder / "model.tmp", *folder.glob("step_[0-9]*")):
+        if path.is_symlink() and not (settings.resume and path.is_dir()) or path.is_file():
+            fail(f"{path} is a link or a file, and the run is to put a folder there: move it away, or choose "
+                 "another --out")
+
+
 def refuse_occupied(folder: Path, settings):
     """Refuse a folder that holds a run, unless --resume or --overwrite says what is to become of it."""
     if not settings.resume and not settings.overwrite and any((folder / name).exists() for name in ("metrics.jsonl", "model")):
@@ -103,6 +115,7 @@ def open_run(folder: Path, settings):
     barrier()
     if rank() != 0:
         return
+    refuse_blocked(folder, settings)
     refuse_occupied(folder, settings)  # another run may have begun here while the model was loading
     record = dataclasses.asdict(settings)
     if settings.resume and (saved := read_settings(folder / "run.json")):

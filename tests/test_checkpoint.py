@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,67 @@ def test_the_final_model_holds_no_trainer_state(trainee, tmp_path):
     assert not {"optimizer.safetensors", "trainer.json", "manifest.json"} & {p.name for p in (tmp_path / "model").iterdir()}
 
 
+def put_link(path: Path):
+    (path.parent / "elsewhere").mkdir()
+    path.symlink_to("elsewhere")
+
+
+def put_broken_link(path: Path):
+    path.symlink_to("nowhere")
+
+
+def put_file(path: Path):
+    path.write_text("the user's own")
+
+
+def put_folder(path: Path):
+    path.mkdir()
+    put_file(path / "notes.txt")
+
+
+@pytest.mark.parametrize("put", [put_link, put_broken_link, put_file])
+@pytest.mark.parametrize("name", ["model", "step_2"])
+def test_a_link_or_a_file_in_the_way_is_refused_early(start, monkeypatch, tmp_path, put, name):
+    out = tmp_path / "run"
+    for flag in ("--overwrite", "--resume"):
+        if put is put_link and flag == "--resume":
+            continue  # a finished run whose model, or a checkpoint that, has been moved away
+        out.mkdir()
+        put(out / name)
+        before = sorted(out.iterdir())
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo, "load_sharded", lambda *a, **k: pytest.fail("a model was loaded first"))
+            with pytest.raises(SystemExit, match=f"run/{name} is a link or a file, .*: move it away, or choose another --out"):
+                train(monkeypatch, start, out, flag)
+        assert sorted(out.iterdir()) == before
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("put", [put_link, put_broken_link, put_file, put_folder])
+def test_the_final_model_is_not_lost_to_what_has_come_in_its_place(trainee, tmp_path, capsys, put):
+    for name in ("model.new", "model.new.new"):
+        (tmp_path / "model").exists() or (tmp_path / "model").is_symlink() or put(tmp_path / "model")
+        before = os.lstat(tmp_path / "model")
+        trainee.checkpoints.save("model")
+        trainee.checkpoints.poll(wait=True)
+        assert f"the model is saved as {tmp_path / name}\n" in capsys.readouterr().out
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(loaded(trainee.ids).logits, trainee.model(trainee.ids).logits)
+        assert os.lstat(tmp_path / "model") == before
+    assert not (tmp_path / "model/notes.txt").exists() or put is put_folder
+
+
+def test_a_final_model_that_cannot_be_put_into_place_stays_where_it_was_written(trainee, tmp_path, monkeypatch):
+    def no(*args):
+        raise OSError("no renaming today")
+    monkeypatch.setattr(Path, "rename", no)
+    trainee.checkpoints.save("model")
+    with pytest.raises(SystemExit, match="model was not saved .no renaming today; it lies in .*/model.tmp: move it"):
+        trainee.checkpoints.poll(wait=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model.tmp")
+    assert torch.equal(loaded(trainee.ids).logits, trainee.model(trainee.ids).logits)
+
+
 def test_large_models_are_cut_into_files_with_an_index(tmp_path, monkeypatch):
     tensors = [("a", torch.zeros(10)), ("b", torch.zeros(3)), ("c", torch.zeros(30))]  # 40, 12 and 120 bytes
     files = plan_files(tensors, "model", limit=60)
@@ -119,6 +181,17 @@ def test_old_checkpoints_go_when_a_new_one_is_in_place(tmp_path):
         trainee.step(number)
     assert [path.name for path in step_folders(tmp_path)] == ["step_10", "step_3"]  # by number, not by name
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_behind_a_link_is_resumed_and_rotation_removes_the_link_only(trainee, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "step_3").rename(tmp_path / "disk/step_3")
+    (tmp_path / "step_3").symlink_to("disk/step_3")
+    check_run(Settings(out=str(tmp_path), resume=True))
+    other = Trainee(tmp_path, seed=3, keep=1)
+    assert resume(tmp_path, other.model, other.optimizer, Settings())["step"] == 3
+    other.step(4)
+    assert [path.name for path in step_folders(tmp_path)] == ["step_4"] and damage(tmp_path / "disk/step_3") is None
 
 
 def truncate(step: Path):
