@@ -129,12 +129,14 @@ class Checkpoints:
             logs = {}
             try:
                 for log in sorted(self.folder.glob("*.jsonl")) if rank() == 0 else ():
-                    flush(log)  # a resume cuts the log back to this size: the disk must hold that much
+                    # A resume cuts the log back to this size: the disk must hold that much.
+                    flush(log)
                     logs[log.name] = log.stat().st_size
             except OSError as error:
                 trouble = f"{log.name}: {error.strerror}"
             state = {**state, "logs": logs, "settings": self.settings}
-        self.name, self.state, self.bytes, self.error, self.written = name, state, total, trouble, {}
+        self.name, self.state, self.bytes = name, state, total
+        self.error, self.written = trouble, {}
         config = copy.deepcopy(self.model.config)
         config.architectures, config.dtype = [type(self.model).__name__.removeprefix("FSDP")], compute
         small = {"trainer.json": state} if state else {}
@@ -144,11 +146,12 @@ class Checkpoints:
         self.thread.start()
 
     def log(self, file: str, records: list[dict]):
-        """Add records to a log of the run (rank 0). What the disk does not take is dealt with in `after_step`."""
+        """Add records to a log of the run (rank 0). `after_step` deals with what the disk does not take."""
         try:
             append_jsonl(self.folder / file, records)
         except OSError as error:
-            self.lost.append(f"{len(records)} line{'s' * (len(records) > 1)} of {file} ({error.strerror})")
+            lines = f"{len(records)} line{'s' * (len(records) > 1)}"
+            self.lost.append(f"{lines} of {file} ({error.strerror})")
 
     def after_step(self, state: dict, last: bool, stop: "StopSignal"):
         """What follows every step: end a run that only skips; save when it is time; save and end on a stop signal.
@@ -229,7 +232,8 @@ class Checkpoints:
         if self.state is None:
             wanted, target = target, unused(target)
             if target != wanted:
-                print0(f"warning: {wanted} has been put there by somebody else: the model is saved as {target}")
+                print0(f"warning: {wanted} has been put there by somebody else: the model is saved as "
+                       f"{target}")
         elif target.exists():  # a damaged one that a resume has passed over
             remove(target)
         temporary.rename(target)
@@ -253,19 +257,22 @@ class Checkpoints:
         print0(f"warning: {message}; the run goes on, as --on_save_error continue says.")
 
     def _complain_of_logs(self, state: dict, last: bool):
-        """Say which lines the disk did not take; save and end, unless the settings or the last step say otherwise."""
-        message = f"{self.folder} did not take {' and '.join(everyone(self.lost)[0])} at step {state['step']}"
+        """Say which lines the disk did not take; save and end, but for the last step and `continue`."""
+        lost = " and ".join(everyone(self.lost)[0])
+        message = f"{self.folder} did not take {lost} at step {state['step']}"
         self.lost = []
         if self.on_error == "continue":
-            return print0(f"warning: {message}: lost; the run goes on, as --on_save_error continue says.")
+            return print0(f"warning: {message}: lost; the run goes on, as --on_save_error continue "
+                          "says.")
         print0(f"warning: {message}: lost")
         if not last:  # else the final model is saved next, and says itself if it cannot be
             save_step(self, state)
-            fail(f"{message}. The state after it is saved: make room or mend the folder, then go on with --resume auto.")
+            fail(f"{message}. The state after it is saved: make room or mend the folder, then go on "
+                 "with --resume auto.")
 
 
 def unused(path: Path) -> Path:
-    """The path, or if something is there the first of path.new, path.new.new, ... where nothing is."""
+    """The path, or the first of path.new, path.new.new, ... where nothing is."""
     while os.path.lexists(path):  # a link that leads nowhere, too
         path = path.with_name(path.name + ".new")
     return path
@@ -275,7 +282,10 @@ def remove(folder: Path):
     """Delete a checkpoint; killed half-way, what is left does not bear a checkpoint's name."""
     doomed = folder.with_name(folder.name + ".old.tmp")
     folder.rename(doomed)
-    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed)  # what a link leads to is not ours
+    if doomed.is_symlink():  # what it leads to is not ours
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,7 +376,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignal:
-    """The first of STOP_SIGNALS asks for a stop at the next safe point; a second one ends the process at once.
+    """The first of STOP_SIGNALS asks for a stop at the next safe point; a second one ends the process.
 
     SIGHUP stays ignored where it was, as under nohup.
     """

@@ -494,8 +494,8 @@ def main():
             try:
                 append_jsonl(out / "records.jsonl", records)
             except OSError as error:
-                fail(f"{out / 'records.jsonl'} cannot be written ({error.strerror}): make room or mend the folder, then go "
-                     "on with --resume")
+                fail(f"{out / 'records.jsonl'} cannot be written ({error.strerror}): make room or mend "
+                     "the folder, then go on with --resume")
             bar.update(len(part))
     stats = gather0([grader_stats()])  # every rank graded its own share
     if rank() != 0:

@@ -146,7 +146,7 @@ def init_distributed(device: str = "auto") -> torch.device:
 def print0(*args):
     """Print on rank 0, above a progress bar if one is on the screen."""
     if rank() == 0:
-        with contextlib.suppress(OSError):  # a terminal that is gone must not keep a run from saving
+        with contextlib.suppress(OSError):  # a run must save where its terminal is gone, too
             tqdm.write(" ".join(map(str, args)))
             sys.stdout.flush()
 
@@ -224,8 +224,9 @@ def load_tokenizer(path: str, thinking: bool = True):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception at a damaged file
         refuse_code(path, error)
-        fail(f"no usable tokenizer at {path!r} ({in_short(error)}); copy the model's tokenizer files there")
-    # Without files, transformers makes one without words for some models: it would encode all as nothing.
+        fail(f"no usable tokenizer at {path!r} ({in_short(error)}); copy the model's tokenizer files "
+             "there")
+    # Without files, transformers makes one without words for some models: all becomes nothing.
     if set(tokenizer.get_vocab()) <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
         fail(f"no tokenizer at {path!r} (it has no words); copy the model's tokenizer files there")
     if tokenizer.eos_token_id is None:
@@ -280,33 +281,34 @@ def in_short(error: Exception) -> str:
 def refuse_code(path: str, error: Exception):
     """Refuse a model that needs code of its own, if that is what transformers' error says."""
     if "custom code" in str(error):
-        fail(f"{path} needs Python code that comes with it, and such code is never run here: choose a "
-             "model that transformers knows by itself")
+        fail(f"{path} needs Python code that comes with it, and such code is never run here: choose "
+             "a model that transformers knows by itself")
 
 
 def why_no_config(path: str, error: Exception) -> str:
-    """Why transformers found no config that it can use at `path`, and the remedy, in one sentence."""
+    """Why transformers found no config that it can use at `path`, and the remedy."""
     from transformers import CONFIG_MAPPING
     file = Path(path) / "config.json"
     if not Path(path).is_dir() and isinstance(error, OSError):
-        return (f"no model at {path!r}: give a Hugging Face folder or the id of a model that can be "
-                "downloaded (for the embedded default see `make demo`)")
+        return (f"no model at {path!r}: give a Hugging Face folder or the id of a model that can "
+                "be downloaded (for the embedded default see `make demo`)")
     if Path(path).is_dir() and not file.exists():
-        return (f"the folder {path} holds no config.json, so no model: copy the model's files there, or "
-                "give the folder that holds them")
+        return (f"the folder {path} holds no config.json, so no model: copy the model's files "
+                "there, or give the folder that holds them")
     with contextlib.suppress(OSError, ValueError, AttributeError):  # a hub id, no JSON, no object
         kind = json.loads(file.read_text()).get("model_type")
         if kind and kind not in CONFIG_MAPPING:
-            return (f"{file} names the model_type {kind!r}, which this transformers does not know: install "
-                    "a version that does, or choose another model")
+            return (f"{file} names the model_type {kind!r}, which this transformers does not know: "
+                    "install a version that does, or choose another model")
     return f"{file} cannot be used ({in_short(error)}); copy the model's own there again"
 
 
 def load_config(path: str):
-    """The model's config, read before any weights so that bad settings are refused early. Raises SystemExit.
+    """The model's config, read before any weights so that bad settings are refused early.
 
-    Code that comes with a model is never run: without trust_remote_code=False in every from_pretrained
-    and from_config, transformers would ask on the terminal, and run it at a `y`.
+    Code that comes with a model is never run: without trust_remote_code=False in every
+    from_pretrained and from_config, transformers would ask on the terminal, and run it at a `y`.
+    Raises SystemExit.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     if Path(path).is_file():
@@ -320,7 +322,8 @@ def load_config(path: str):
         fail(f"{path} is of model_type {config.model_type!r}, for which transformers has no causal "
              "language model; choose another model")
     if getattr(config, "auto_map", None):
-        print0(f"{path} brings Python code, which is not run: transformers' own {config.model_type} is used")
+        print0(f"{path} brings Python code, which is not run: transformers' own {config.model_type} "
+               "is used")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         fail(f"{path} caps its attention scores (Gemma 2), which attention.py does not do; choose another model")
     return config
@@ -358,15 +361,15 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 
 
 def read_model(path: str, dtype):
-    """The model as transformers loads it. Raises SystemExit if a tensor is missing or of another shape.
+    """The model as transformers loads it. Refuses a tensor that is missing or of another shape.
 
     Otherwise transformers would fill it at random: another network on each load, the reference's
     included. Tied weights and what no file holds (rotary frequencies) are not missing.
     """
     from transformers import AutoModelForCausalLM
     model, report = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, output_loading_info=True,
-        ignore_mismatched_sizes=True)  # to say it in a sentence of our own
+        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+        output_loading_info=True, ignore_mismatched_sizes=True)  # to say it in a sentence of our own
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         refuse_shape(name, stored, wanted)
     refuse_missing(path, report["missing_keys"])
@@ -376,13 +379,14 @@ def read_model(path: str, dtype):
 def refuse_missing(where, names):
     """Refuse weights that lack tensors, if there are `names` of such. Raises SystemExit."""
     if names:
-        fail(f"the weights in {where} lack {min(names)}" + f" and {len(names) - 1} more" * (len(names) > 1)
-             + ": copy the model's files there again, or choose another model")
+        more = f" and {len(names) - 1} more" * (len(names) > 1)
+        fail(f"the weights in {where} lack {min(names)}{more}: copy the model's files there "
+             "again, or choose another model")
 
 
 def refuse_shape(name: str, stored, wanted):
-    fail(f"{name} is stored with shape {list(stored)}, the model has {list(wanted)}: config.json and weights do not "
-         "belong together; copy the model's files there again")
+    fail(f"{name} is stored with shape {list(stored)}, the model has {list(wanted)}: config.json and "
+         "weights do not belong together; copy the model's files there again")
 
 
 def shard_model(model, device: torch.device | None = None, *, shard_within: str = "world",
@@ -528,7 +532,7 @@ def read_rows(handle, name: str, like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fill(model, stored: dict):
-    """Read every tensor of a model, each rank its own rows, one at a time. Raises SystemExit if one is missing."""
+    """Read every tensor of a model, each rank its own rows, one at a time. Refuses missing ones."""
     refuse_missing("the checkpoint", set(model_tensors(model)) - set(stored))
     for name, tensor in model_tensors(model).items():
         local(tensor).copy_(read_rows(stored[name], name, tensor))

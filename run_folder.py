@@ -89,14 +89,14 @@ def check_run(settings) -> Path:
 
 
 def refuse_blocked(folder: Path, settings):
-    """Refuse a link or a file where the run is to put a folder: hours later, nothing could be saved there.
+    """Refuse a link or a file where the run is to put a folder: later, nothing could be saved there.
 
     A link to a checkpoint is fine to --resume from.
     """
     for path in (folder / "model", folder / "model.tmp", *folder.glob("step_[0-9]*")):
         if path.is_symlink() and not (settings.resume and path.is_dir()) or path.is_file():
-            fail(f"{path} is a link or a file, and the run is to put a folder there: move it away, or choose "
-                 "another --out")
+            fail(f"{path} is a link or a file, and the run is to put a folder there: move it away, or "
+                 "choose another --out")
 
 
 def refuse_occupied(folder: Path, settings):
@@ -140,9 +140,9 @@ def write_whole(path: Path, value):
 
 
 def append_jsonl(path: Path, records: list[dict]):
-    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system: all or none.
+    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system.
 
-    Raises OSError, on a full disk for one.
+    All or none: raises OSError, on a full disk for one.
     """
     if rank() != 0:
         return
