@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from model_utils import (all_max, barrier, everyone, fail, fill, local, model_tensors, open_tensors, print0, rank,
                          read_rows, world_size)
-from run_folder import FOLDERS, LOGS, changed_settings, is_checkpoint, refuse_links, remove
+from run_folder import FOLDERS, LOGS, append_jsonl, changed_settings, is_checkpoint, refuse_links, remove
 
 FILE_BYTES = 4 << 30
 STOPPED = 75  # exit code of a run that was asked to stop and saved: EX_TEMPFAIL, "try again later"
@@ -104,6 +104,7 @@ class Checkpoints:
         self.folder, self.model, self.tokenizer, self.optimizer = Path(folder), model, tokenizer, optimizer
         self.settings, self.keep, self.on_error = dataclasses.asdict(settings), keep, on_error
         self.thread: threading.Thread | None = None
+        self.lost: list[str] = []  # what the logs did not take in this step
         if rank() == 0:
             for left in [p for p in self.folder.glob("*.tmp") if FOLDERS.fullmatch(p.name)]:
                 shutil.rmtree(left)
@@ -115,6 +116,7 @@ class Checkpoints:
         The latter is in the dtype that the model computes in. Waits for a save that is still being written.
         """
         self.poll(wait=True)
+        trouble = None
         compute = torch.bfloat16 if torch.cuda.is_available() and state is None else torch.float32
         files = plan_files(list(model_tensors(self.model).items()), "model")
         total = sum(t.numel() * compute.itemsize for part in files.values() for _, t in part)
@@ -126,11 +128,16 @@ class Checkpoints:
             mine.update(copy_to_cpu(files))
             logs = {}
             present = [self.folder / name for name in LOGS if (self.folder / name).exists()]
-            for log in present if rank() == 0 else ():
-                flush(log)  # a resume cuts the log back to this size: the disk must hold that much
-                logs[log.name] = log.stat().st_size
+            try:
+                for log in present if rank() == 0 else ():
+                    # A resume cuts the log back to this size: the disk must hold that much.
+                    flush(log)
+                    logs[log.name] = log.stat().st_size
+            except OSError as error:
+                trouble = f"{log.name}: {error.strerror}"
             state = {**state, "logs": logs, "settings": self.settings}
-        self.name, self.state, self.bytes, self.error, self.written = name, state, total, None, {}
+        self.name, self.state, self.bytes = name, state, total
+        self.error, self.written = trouble, {}
         config = copy.deepcopy(self.model.config)
         config.architectures, config.dtype = [type(self.model).__name__.removeprefix("FSDP")], compute
         small = {"trainer.json": state} if state else {}
@@ -139,11 +146,21 @@ class Checkpoints:
         self.thread = threading.Thread(target=self._write, args=(mine, config, small), daemon=True)
         self.thread.start()
 
+    def log(self, file: str, records: list[dict]):
+        """Add records to a log of the run (rank 0). `after_step` deals with what the disk does not take."""
+        try:
+            append_jsonl(self.folder / file, records)
+        except OSError as error:
+            lines = f"{len(records)} line{'s' * (len(records) > 1)}"
+            self.lost.append(f"{lines} of {file} ({error.strerror})")
+
     def after_step(self, state: dict, last: bool, stop: "StopSignal"):
         """What follows every step: end a run that only skips; save when it is time; save and end on a stop signal.
 
         `state` holds at least `step`, the number of steps done, and `skipped`, those of them at the end in a row.
         """
+        if all_max(len(self.lost), self.model.device):
+            self._complain_of_logs(state, last)
         check_skipped(state["skipped"], self.settings["max_skipped"], self)
         if last:
             return
@@ -193,9 +210,11 @@ class Checkpoints:
                 self._commit(temporary, target, files)
             except OSError as error:
                 trouble = [str(error)]
+                if self.state is None and temporary.is_dir():  # the work of the whole run
+                    trouble = [f"{error}; it lies in {temporary}: move it to where you want it"]
         trouble = everyone(trouble)[0]
         if trouble:
-            if rank() == 0:
+            if rank() == 0 and (errors or self.state is not None):
                 shutil.rmtree(temporary, ignore_errors=True)
             self._complain(trouble[0])
         barrier()  # nobody begins another save before this one is out of the way
@@ -211,7 +230,12 @@ class Checkpoints:
             (temporary / "manifest.json").write_text(json.dumps(files, indent=1) + "\n")
             flush(temporary / "manifest.json")
         flush(temporary)
-        if target.exists():  # a damaged one that a resume has passed over
+        if self.state is None:
+            wanted, target = target, unused(target)
+            if target != wanted:
+                print0(f"warning: {wanted} has been put there by somebody else: the model is saved as "
+                       f"{target}")
+        elif target.exists():  # a damaged one that a resume has passed over
             remove(target)
         temporary.rename(target)
         flush(self.folder)
@@ -232,6 +256,27 @@ class Checkpoints:
         if self.on_error == "stop" or self.state is None:
             fail(f"{message}, then go on with --resume auto.")
         print0(f"warning: {message}; the run goes on, as --on_save_error continue says.")
+
+    def _complain_of_logs(self, state: dict, last: bool):
+        """Say which lines the disk did not take; save and end, but for the last step and `continue`."""
+        lost = " and ".join(everyone(self.lost)[0])
+        message = f"{self.folder} did not take {lost} at step {state['step']}"
+        self.lost = []
+        if self.on_error == "continue":
+            return print0(f"warning: {message}: lost; the run goes on, as --on_save_error continue "
+                          "says.")
+        print0(f"warning: {message}: lost")
+        if not last:  # else the final model is saved next, and says itself if it cannot be
+            save_step(self, state)
+            fail(f"{message}. The state after it is saved: make room or mend the folder, then go on "
+                 "with --resume auto.")
+
+
+def unused(path: Path) -> Path:
+    """The path, or the first of path.new, path.new.new, ... where nothing is."""
+    while os.path.lexists(path):  # a link that leads nowhere, too
+        path = path.with_name(path.name + ".new")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -323,8 +368,15 @@ class Interrupted(BaseException):
     """Raised by a stop signal where `unless_stopped` allows it."""
 
 
+# SIGHUP: the terminal that the run was started on is gone.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 class StopSignal:
-    """The first SIGTERM or SIGINT asks for a stop at the next safe point; a second one ends the process at once."""
+    """The first of STOP_SIGNALS asks for a stop at the next safe point; a second one ends the process.
+
+    SIGHUP stays ignored where it was, as under nohup.
+    """
     came = False  # to this process, at any time
 
     def __init__(self):
@@ -334,8 +386,9 @@ class StopSignal:
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._sockets = reader, writer
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
     def _watch(self, reader: socket.socket):
@@ -344,7 +397,7 @@ class StopSignal:
             first = first or time.monotonic()
             # Ctrl-C and batch systems signal torchrun and ranks alike, and torchrun passes its own on: an echo of the
             # first signal within two seconds is not a second one.
-            if number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - first > 2:
+            if number in STOP_SIGNALS and time.monotonic() - first > 2:
                 os._exit(128 + number)
 
     def _on_signal(self, number: int, frame):
@@ -372,13 +425,18 @@ class StopSignal:
         return all_max(self.number, device)
 
 
-def stop_run(checkpoints: Checkpoints, state: dict, number: int):
-    """Save the state after the last whole step, unless that is done already, and leave with exit code 75."""
+def save_step(checkpoints: Checkpoints, state: dict):
+    """Save the state after the last whole step, unless that is done already."""
     checkpoints.poll(wait=True)
     name = f"step_{state['step']}"
     if state["step"] and not (checkpoints.folder / name / "manifest.json").exists():
         checkpoints.save(name, state)
         checkpoints.poll(wait=True)
+
+
+def stop_run(checkpoints: Checkpoints, state: dict, number: int):
+    """Save the state after the last whole step and leave with exit code 75."""
+    save_step(checkpoints, state)
     print0(f"stopped by {signal.Signals(number).name} after step {state['step']}; go on with --resume auto")
     raise SystemExit(STOPPED)
 
@@ -451,9 +509,9 @@ def guarded(main):
         if world_size() == 1:
             sys.exit(code)
         atexit._run_exitfuncs()
-    if message:
-        print(message, file=sys.stderr)
     with contextlib.suppress(OSError):
+        if message:
+            print(message, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
     # Not by way of the interpreter's end: there a thread of the process group can abort a run whose work is done.

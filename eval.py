@@ -510,7 +510,11 @@ def main():
             except KeyboardInterrupt:
                 print0(f"{len(done) + start} of {len(problems)} problems are in {out}; --resume goes on from there")
                 raise
-            append_jsonl(out / "records.jsonl", records)
+            try:
+                append_jsonl(out / "records.jsonl", records)
+            except OSError as error:
+                fail(f"{out / 'records.jsonl'} cannot be written ({error.strerror}): make room or mend "
+                     "the folder, then go on with --resume")
             bar.update(len(part))
     stats = gather0([grader_stats()])  # every rank graded its own share
     if rank() != 0:

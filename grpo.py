@@ -36,7 +36,7 @@ from model_utils import (all_sum, check_common, check_context, encode_prompt, fa
 from rewards import (GRADER_COUNTS, check_golds, extract_answer, grade, grader_stats, overlong_penalty, parse_completion,
                      total_reward)
 from rollout_log import note_tokens, rollout_metrics, rollout_record, show_record
-from run_folder import LOCK, append_jsonl, check_run, hold, open_logger, open_run
+from run_folder import LOCK, check_run, hold, open_logger, open_run
 
 
 PREFILL_TOKENS = 2**15  # most tokens of prompts computed at a time
@@ -721,7 +721,7 @@ def main():
         metrics.update({f"seconds_{name}": value for name, value in seconds.items()}, seconds=time.time() - started)
         tokens = all_sum(torch.tensor(float(rewards["lengths"].sum()), device=device))
         metrics["tokens_per_s"] = float(tokens) / metrics["seconds"]
-        append_jsonl(folder / "metrics.jsonl", [metrics])
+        checkpoints.log("metrics.jsonl", [metrics])
         log(metrics)
         bar.update()
         names = ("reward", "accuracy", "eval_accuracy", "kl", "clip_frac", "entropy", "completion_tokens", "truncated",
@@ -733,7 +733,7 @@ def main():
             records = gather0([rollout_record(step, group, rewards, advantages, n,
                                               tokenizer if n < config.show_tokens else None)
                                for n, group in enumerate(groups)])
-            append_jsonl(folder / "rollouts.jsonl", records)
+            checkpoints.log("rollouts.jsonl", records)
             if records:
                 show_record(records[0])
         checkpoints.after_step(state, last, stop)

@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import operator
 import os
@@ -145,8 +146,9 @@ def init_distributed(device: str = "auto") -> torch.device:
 def print0(*args):
     """Print on rank 0, above a progress bar if one is on the screen."""
     if rank() == 0:
-        tqdm.write(" ".join(map(str, args)))
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a run must save where its terminal is gone, too
+            tqdm.write(" ".join(map(str, args)))
+            sys.stdout.flush()
 
 
 def progress(total: int, done: int, name: str) -> tqdm:
@@ -219,9 +221,14 @@ def load_tokenizer(path: str, thinking: bool = True):
     """
     from transformers import AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"no usable tokenizer at {path!r} ({str(error).splitlines()[0][:100]}); copy the model's tokenizer files there")
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception at a damaged file
+        refuse_code(path, error)
+        fail(f"no usable tokenizer at {path!r} ({in_short(error)}); copy the model's tokenizer files "
+             "there")
+    # Without files, transformers makes one without words for some models: all becomes nothing.
+    if set(tokenizer.get_vocab()) <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
+        fail(f"no tokenizer at {path!r} (it has no words); copy the model's tokenizer files there")
     if tokenizer.eos_token_id is None:
         fail(f"the tokenizer of {path} has no end-of-text token; set eos_token in its tokenizer_config.json")
     if tokenizer.chat_template is None:
@@ -266,14 +273,57 @@ def find_stop_ids(model, tokenizer) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------
 # Models: load, shard, gather for sampling, save
 
+def in_short(error: Exception) -> str:
+    """What an error says, in one line of bounded length."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
+
+
+def refuse_code(path: str, error: Exception):
+    """Refuse a model that needs code of its own, if that is what transformers' error says."""
+    if "custom code" in str(error):
+        fail(f"{path} needs Python code that comes with it, and such code is never run here: choose "
+             "a model that transformers knows by itself")
+
+
+def why_no_config(path: str, error: Exception) -> str:
+    """Why transformers found no config that it can use at `path`, and the remedy."""
+    from transformers import CONFIG_MAPPING
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir() and isinstance(error, OSError):
+        return (f"no model at {path!r}: give a Hugging Face folder or the id of a model that can "
+                "be downloaded (for the embedded default see `make demo`)")
+    if Path(path).is_dir() and not file.exists():
+        return (f"the folder {path} holds no config.json, so no model: copy the model's files "
+                "there, or give the folder that holds them")
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a hub id, no JSON, no object
+        kind = json.loads(file.read_text()).get("model_type")
+        if kind and kind not in CONFIG_MAPPING:
+            return (f"{file} names the model_type {kind!r}, which this transformers does not know: "
+                    "install a version that does, or choose another model")
+    return f"{file} cannot be used ({in_short(error)}); copy the model's own there again"
+
+
 def load_config(path: str):
-    """The model's config, read before any weights so that bad settings are refused early. Raises SystemExit."""
-    from transformers import AutoConfig
+    """The model's config, read before any weights so that bad settings are refused early.
+
+    Code that comes with a model is never run: without trust_remote_code=False in every
+    from_pretrained and from_config, transformers would ask on the terminal, and run it at a `y`.
+    Raises SystemExit.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    if Path(path).is_file():
+        fail(f"{path} is a file: give the folder with all of the model's files")
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError):  # not there, or without a usable config.json
-        fail(f"no model at {path!r}: give a Hugging Face folder or the id of a model that can be downloaded "
-             "(for the embedded default see `make demo`)")
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of many kinds, where config.json is damaged
+        refuse_code(path, error)
+        fail(why_no_config(path, error))
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        fail(f"{path} is of model_type {config.model_type!r}, for which transformers has no causal "
+             "language model; choose another model")
+    if getattr(config, "auto_map", None):
+        print0(f"{path} brings Python code, which is not run: transformers' own {config.model_type} "
+               "is used")
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         fail(f"{path} caps its attention scores (Gemma 2), which attention.py does not do; choose another model")
     return config
@@ -294,21 +344,49 @@ def of_usable_weights(load):
         from safetensors import SafetensorError
         try:
             return load(path, *args, **options)
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
+            refuse_code(path, error)
             remedy = "copy the model's files there again" if Path(path).is_dir() else "look at the network, its id and the free disk"
-            fail(f"no usable weights at {path!r} ({str(error).splitlines()[0][:150]}); {remedy}")
+            fail(f"no usable weights at {path!r} ({in_short(error)}); {remedy}")
     return run
 
 
 @of_usable_weights
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32):
     """A causal language model in eval mode for good: rollout and update must see the same network, without dropout."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     if rank() != 0 or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading and saving; our own bars are quiet there too
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
-    return use_attention(model.to(device).eval())
+    return use_attention(read_model(path, dtype).to(device).eval())
+
+
+def read_model(path: str, dtype):
+    """The model as transformers loads it. Refuses a tensor that is missing or of another shape.
+
+    Otherwise transformers would fill it at random: another network on each load, the reference's
+    included. Tied weights and what no file holds (rotary frequencies) are not missing.
+    """
+    from transformers import AutoModelForCausalLM
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+        output_loading_info=True, ignore_mismatched_sizes=True)  # to say it in a sentence of our own
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        refuse_shape(name, stored, wanted)
+    refuse_missing(path, report["missing_keys"])
+    return model
+
+
+def refuse_missing(where, names):
+    """Refuse weights that lack tensors, if there are `names` of such. Raises SystemExit."""
+    if names:
+        more = f" and {len(names) - 1} more" * (len(names) > 1)
+        fail(f"the weights in {where} lack {min(names)}{more}: copy the model's files there "
+             "again, or choose another model")
+
+
+def refuse_shape(name: str, stored, wanted):
+    fail(f"{name} is stored with shape {list(stored)}, the model has {list(wanted)}: config.json and "
+         "weights do not belong together; copy the model's files there again")
 
 
 def shard_model(model, device: torch.device | None = None, *, shard_within: str = "world",
@@ -368,7 +446,8 @@ def load_sharded(path: str, device: torch.device, dtype: torch.dtype = torch.flo
     from transformers import AutoModelForCausalLM, GenerationConfig
     config = load_config(path)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa",
+                                                 trust_remote_code=False).eval()
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(path)
     shard_model(model, device, **options)
@@ -387,7 +466,7 @@ def load_sharded(path: str, device: torch.device, dtype: torch.dtype = torch.flo
     if set(model_tensors(model)) <= set(stored):
         fill(model, stored)
     else:
-        whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto").state_dict() if rank() == 0 else {}
+        whole = read_model(path, "auto").state_dict() if rank() == 0 else {}
         for name, tensor in model_tensors(model).items():
             value = whole[name].to(device, dtype) if rank() == 0 else torch.empty(tensor.shape, dtype=dtype, device=device)
             dist.broadcast(value, 0)
@@ -447,14 +526,14 @@ def read_rows(handle, name: str, like: torch.Tensor) -> torch.Tensor:
     """This rank's rows of a stored tensor that is cut over the ranks as `like` is. Raises SystemExit at another shape."""
     stored = handle.get_slice(name)
     if stored.get_shape() != list(like.shape):
-        fail(f"{name} is stored with shape {stored.get_shape()}, the model has {list(like.shape)}: config.json and "
-             "weights do not belong together")
+        refuse_shape(name, stored.get_shape(), like.shape)
     return stored[local_rows(like)] if like.ndim else handle.get_tensor(name)
 
 
 @torch.no_grad()
 def fill(model, stored: dict):
-    """Read every tensor of a model, each rank its own rows, one at a time."""
+    """Read every tensor of a model, each rank its own rows, one at a time. Refuses missing ones."""
+    refuse_missing("the checkpoint", set(model_tensors(model)) - set(stored))
     for name, tensor in model_tensors(model).items():
         local(tensor).copy_(read_rows(stored[name], name, tensor))
 

@@ -2,6 +2,8 @@
 
 `group`: a grpo.Group, one question and its completions; `row`: a grpo.Row, a completion's tokens; `micros`: grpo.Micro.
 """
+import math
+
 import torch
 
 from model_utils import all_sum, print0
@@ -48,6 +50,7 @@ def token_record(tokenizer, row, text: str) -> dict:
     `width`: characters of `text` that a token stands for, blanks before it included; 0 for a stop token and for all
     but the last of the tokens that share a character. `surprise`: -logprob of the sampler; `entropy`; `log_ratio`:
     logprob minus the reference's. The last two are missing where the update did not compute them.
+    None stands for a figure of a diverged policy that is not finite.
     """
     widths, at = [], 0
     for piece in tokenizer.batch_decode([[token] for token in row.ids]):
@@ -56,7 +59,8 @@ def token_record(tokenizer, row, text: str) -> dict:
         widths.append(end - at)
         at = end
     values = {"surprise": [-x for x in row.logprobs], "entropy": row.entropy, "log_ratio": row.log_ratio}
-    return {"width": widths, **{name: [round(100 * x) for x in value] for name, value in values.items() if value}}
+    return {"width": widths, **{name: [round(100 * x) if math.isfinite(x) else None for x in value]
+                                for name, value in values.items() if value}}
 
 
 def rollout_record(step: int, group, rewards: dict, advantages: torch.Tensor, index: int, tokenizer=None) -> dict:

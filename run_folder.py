@@ -10,6 +10,7 @@ import errno
 import fcntl
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -100,7 +101,10 @@ def remove(folder: Path):
     """Delete a checkpoint; killed half-way, what is left does not bear a checkpoint's name."""
     doomed = folder.with_name(folder.name + ".old.tmp")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    if doomed.is_symlink():  # what it leads to is not ours
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
 
 
 def remove_run(folder: Path):
@@ -204,7 +208,8 @@ def check_run(settings) -> Path:
     the run is finished already: a command that is queued again and again then ends as the last one did.
     """
     out, folder, resume = settings.out, Path(settings.out), settings.resume
-    finished = (folder / "model").exists()
+    finished = (folder / "model").is_dir()  # or a link to one: finished, and moved away
+    refuse_blocked(folder, settings)
     for name in ("model", "data", "eval_data"):  # a run's own inputs must not lie among what --overwrite removes
         value = getattr(settings, name, "")
         if settings.overwrite and value and folder.resolve() in Path(value).resolve().parents:
@@ -225,6 +230,17 @@ def check_run(settings) -> Path:
     if rank() == 0:
         make_folder(folder)
     return folder
+
+
+def refuse_blocked(folder: Path, settings):
+    """Refuse a link or a file where the run is to put a folder: later, nothing could be saved there.
+
+    A link to a checkpoint is fine to --resume from.
+    """
+    for path in (folder / "model", folder / "model.tmp", *folder.glob("step_[0-9]*")):
+        if path.is_symlink() and not (settings.resume and path.is_dir()) or path.is_file():
+            fail(f"{path} is a link or a file, and the run is to put a folder there: move it away, or "
+                 "choose another --out")
 
 
 def refuse_occupied(folder: Path, settings):
@@ -253,6 +269,7 @@ def open_run(folder: Path, settings):
     barrier()
     if rank() != 0:
         return
+    refuse_blocked(folder, settings)
     refuse_occupied(folder, settings)  # another run may have begun here while the model was loading
     record = {"stage": "training", **dataclasses.asdict(settings)}
     if settings.resume and (saved := read_settings(folder / "run.json")):
@@ -274,10 +291,30 @@ def write_whole(path: Path, value):
 
 
 def append_jsonl(path: Path, records: list[dict]):
-    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system."""
-    if rank() == 0:
-        with open(path, "a") as handle:
-            handle.write("".join(json.dumps(record) + "\n" for record in records))
+    """Add records to a JSONL file (rank 0), one line each, flushed to the operating system.
+
+    All or none: raises OSError, on a full disk for one.
+    """
+    if rank() != 0:
+        return
+    data = "".join(json.dumps(finite(record)) + "\n" for record in records).encode()
+    with open(path, "ab", buffering=0) as handle:  # a buffer would be written again on closing
+        end = os.fstat(handle.fileno()).st_size
+        try:
+            while data:  # a full disk takes a part first
+                data = data[handle.write(data):]
+        except OSError:
+            handle.truncate(end)  # no half line
+            raise
+
+
+def finite(value):
+    """A record with None for each number that is not finite: JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def machine() -> dict[str, str]:

@@ -22,7 +22,7 @@ from model_utils import (all_sum, check_common, encode_prompt, fail, init_distri
                          load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config, print0,
                          progress, rank, world_size)
 from rewards import build_completion
-from run_folder import LOCK, append_jsonl, check_run, hold, open_logger, open_run
+from run_folder import LOCK, check_run, hold, open_logger, open_run
 
 
 @dataclass
@@ -154,7 +154,7 @@ def main():
                                            config.tokens_per_micro_batch, device, train=False)
             print0(f"step {step + 1}/{steps}  loss {metrics['loss']:.4f}  val_loss {metrics['val_loss']:.4f}  "
                    f"grad_norm {grad_norm:.2f}  {metrics['tokens_per_s']:.0f} tokens/s")
-        append_jsonl(folder / "metrics.jsonl", [metrics])
+        checkpoints.log("metrics.jsonl", [metrics])
         log(metrics)
         bar.update()
         state.update(step=step + 1, skipped=0 if math.isfinite(grad_norm) else state["skipped"] + 1)

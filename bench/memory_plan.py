@@ -84,7 +84,7 @@ def tiny_configs() -> dict:
     from transformers import AutoConfig
     shape = dict(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, eos_token_id=1, bos_token_id=None, pad_token_id=0)
     return {
-        "toy base": AutoConfig.from_pretrained(ROOT / "data/toy_base"),
+        "toy base": AutoConfig.from_pretrained(ROOT / "data/toy_base", trust_remote_code=False),
         "large vocabulary (qwen3)": AutoConfig.for_model("qwen3", vocab_size=8000, hidden_size=64, intermediate_size=128, head_dim=16, **shape),
         "wide (llama, tied)": AutoConfig.for_model("llama", vocab_size=500, hidden_size=256, intermediate_size=1024,
                                                    tie_word_embeddings=True, **shape)}

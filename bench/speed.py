@@ -41,7 +41,8 @@ def load(name: str):
     pair = []
     for _ in range(2):
         if name == "toy":
-            model = AutoModelForCausalLM.from_pretrained("data/toy_base", dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_pretrained(
+                "data/toy_base", dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
         else:  # Qwen2.5-1.5B
             torch.manual_seed(0)
             config = AutoConfig.for_model("qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,

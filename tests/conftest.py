@@ -34,6 +34,7 @@ def give_signals_back():
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def make_tiny(family: str, vocab_size: int = 97, seed: int = 0, **settings):

@@ -1,10 +1,14 @@
 """Checkpoints, resuming, stop signals and failures, in one process; test_faults.py has those that take several."""
 import dataclasses
+import fcntl
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -15,11 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import checkpoint
+import eval as evaluation
 import grpo
+import run_folder
 from attention import pack
 from bench.faults import metrics, same
 from checkpoint import STOPPED, Checkpoints, StopSignal, damage, guarded, plan_files, resume, step_folders
-from conftest import make_tiny
+from conftest import ROOT, make_tiny
 from data.toy import make_model, make_problems, make_tokenizer
 from model_utils import make_optimizer, optimizer_step, shard_model
 from run_folder import append_jsonl, changed_settings, check_run, open_run
@@ -84,6 +90,67 @@ def test_the_final_model_holds_no_trainer_state(trainee, tmp_path):
     assert not {"optimizer.safetensors", "trainer.json", "manifest.json"} & {p.name for p in (tmp_path / "model").iterdir()}
 
 
+def put_link(path: Path):
+    (path.parent / "elsewhere").mkdir()
+    path.symlink_to("elsewhere")
+
+
+def put_broken_link(path: Path):
+    path.symlink_to("nowhere")
+
+
+def put_file(path: Path):
+    path.write_text("the user's own")
+
+
+def put_folder(path: Path):
+    path.mkdir()
+    put_file(path / "notes.txt")
+
+
+@pytest.mark.parametrize("put", [put_link, put_broken_link, put_file])
+@pytest.mark.parametrize("name", ["model", "step_2"])
+def test_a_link_or_a_file_in_the_way_is_refused_early(start, monkeypatch, tmp_path, put, name):
+    out = tmp_path / "run"
+    for flag in ("--overwrite", "--resume"):
+        if put is put_link and flag == "--resume":
+            continue  # a finished run whose model, or a checkpoint that, has been moved away
+        out.mkdir()
+        put(out / name)
+        before = sorted(out.iterdir())
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo, "load_sharded", lambda *a, **k: pytest.fail("a model was loaded first"))
+            with pytest.raises(SystemExit, match=f"run/{name} is a link or a file, .*: move it away, or choose another --out"):
+                train(monkeypatch, start, out, flag)
+        assert sorted(out.iterdir()) == before
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("put", [put_link, put_broken_link, put_file, put_folder])
+def test_the_final_model_is_not_lost_to_what_has_come_in_its_place(trainee, tmp_path, capsys, put):
+    for name in ("model.new", "model.new.new"):
+        (tmp_path / "model").exists() or (tmp_path / "model").is_symlink() or put(tmp_path / "model")
+        before = os.lstat(tmp_path / "model")
+        trainee.checkpoints.save("model")
+        trainee.checkpoints.poll(wait=True)
+        assert f"the model is saved as {tmp_path / name}\n" in capsys.readouterr().out
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(loaded(trainee.ids).logits, trainee.model(trainee.ids).logits)
+        assert os.lstat(tmp_path / "model") == before
+    assert not (tmp_path / "model/notes.txt").exists() or put is put_folder
+
+
+def test_a_final_model_that_cannot_be_put_into_place_stays_where_it_was_written(trainee, tmp_path, monkeypatch):
+    def no(*args):
+        raise OSError("no renaming today")
+    monkeypatch.setattr(Path, "rename", no)
+    trainee.checkpoints.save("model")
+    with pytest.raises(SystemExit, match="model was not saved .no renaming today; it lies in .*/model.tmp: move it"):
+        trainee.checkpoints.poll(wait=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model.tmp")
+    assert torch.equal(loaded(trainee.ids).logits, trainee.model(trainee.ids).logits)
+
+
 def test_large_models_are_cut_into_files_with_an_index(tmp_path, monkeypatch):
     tensors = [("a", torch.zeros(10)), ("b", torch.zeros(3)), ("c", torch.zeros(30))]  # 40, 12 and 120 bytes
     files = plan_files(tensors, "model", limit=60)
@@ -144,6 +211,17 @@ def test_old_checkpoints_go_when_a_new_one_is_in_place(tmp_path):
         trainee.step(number)
     assert [path.name for path in step_folders(tmp_path)] == ["step_10", "step_3"]  # by number, not by name
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_behind_a_link_is_resumed_and_rotation_removes_the_link_only(trainee, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "step_3").rename(tmp_path / "disk/step_3")
+    (tmp_path / "step_3").symlink_to("disk/step_3")
+    check_run(Settings(out=str(tmp_path), resume=True))
+    other = Trainee(tmp_path, seed=3, keep=1)
+    assert resume(tmp_path, other.model, other.optimizer, Settings())["step"] == 3
+    other.step(4)
+    assert [path.name for path in step_folders(tmp_path)] == ["step_4"] and damage(tmp_path / "disk/step_3") is None
 
 
 def truncate(step: Path):
@@ -244,6 +322,57 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch, capsy
     assert [path.name for path in step_folders(tmp_path)] == ["step_3"]
 
 
+@pytest.mark.parametrize("then, steps", [("stop", 6), ("stop", 4), ("continue", 6)])
+def test_a_log_that_cannot_be_written(start, monkeypatch, tmp_path, capsys, then, steps):
+    """From step 4 on. The last step's state is what the final model holds anyway."""
+    out = tmp_path / "run"
+
+    def full(path, *args, **kwargs):
+        if Path(path).suffix == ".jsonl" and (out / "metrics.jsonl").exists() and len(metrics(out)) == 3:
+            raise OSError(28, "No space left on device")
+        return open(path, *args, **kwargs)
+    flags = ["--save_every", 0, "--on_save_error", then, "--steps", steps]
+    lost = r"did not take 1 line of metrics.jsonl \(No space left on device\) and 2 lines of rollouts.jsonl .* at step 4"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "open", full, raising=False)
+        if (then, steps) == ("stop", 6):
+            with pytest.raises(SystemExit, match=f"{lost}. The state after it is saved: make room .*--resume auto"):
+                train(monkeypatch, start, out, *flags)
+        else:
+            train(monkeypatch, start, out, *flags)
+            assert re.search(f"{lost}: lost", capsys.readouterr().out)
+    if (then, steps) == ("stop", 6):
+        assert [path.name for path in step_folders(out)] == ["step_4"] and not (out / "model").exists()
+        train(monkeypatch, start, out, *flags, "--resume")
+        assert [m["step"] for m in metrics(out)] == [1, 2, 3, 5, 6]
+    assert (out / "model/model.safetensors").exists()
+
+
+def test_an_evaluation_that_cannot_be_written_ends_with_one_sentence(start, monkeypatch, tmp_path):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(run_folder, "open", full, raising=False)
+    monkeypatch.setattr(sys, "argv", [
+        "eval.py", "--model", str(start / "model"), "--data", str(start / "train.jsonl"), "--out", str(tmp_path / "e"),
+        "--limit", "2", "--n", "1", "--max_completion_tokens", "16"])
+    with pytest.raises(SystemExit, match="records.jsonl cannot be written .No space left.*make room .*--resume"):
+        evaluation.main()
+
+
+def test_a_log_that_cannot_be_flushed_is_a_save_that_fails(tmp_path, monkeypatch):
+    trainee = Trainee(tmp_path)
+    trainee.step(1)
+    flush = checkpoint.flush
+
+    def no_room(path):
+        if path.name == "metrics.jsonl":
+            raise OSError(28, "No space left on device")
+        flush(path)
+    monkeypatch.setattr(checkpoint, "flush", no_room)
+    with pytest.raises(SystemExit, match="step_2 was not saved .*metrics.jsonl: No space left on device.* step_1 is whole"):
+        trainee.step(2)
+
+
 def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     """The copy that is written is the state at the save, whatever training does meanwhile."""
     trainee, go = Trainee(tmp_path, keep=0), threading.Event()
@@ -276,6 +405,32 @@ def test_a_signal_ends_what_may_be_interrupted_and_is_remembered():
     assert stop.agreed(torch.device("cpu")) == signal.SIGTERM
     assert stop.unless_stopped(lambda: 1) is None  # from now on nothing begins
     os.kill(os.getpid(), signal.SIGTERM)  # an echo, as torchrun passes it on: not the end
+
+
+def test_a_terminal_that_closes_stops_a_run_with_a_save(start, tmp_path):
+    """It takes the screen along: what is printed then goes nowhere. Under nohup, SIGHUP says nothing."""
+    terminal, screen = os.openpty()
+    command = [sys.executable, ROOT / "grpo.py", "--model", start / "model", "--data", start / "train.jsonl", "--out", tmp_path,
+               "--steps", 999, "--questions", 2, "--plans", 2, "--cots", 2, "--max_plan_tokens", 10, "--max_completion_tokens",
+               16, "--eval_every", 0, "--save_every", 0]
+    run = subprocess.Popen([*map(str, command)], stdin=screen, stdout=screen, stderr=screen, start_new_session=True,
+                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                           preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(screen)
+    seen = b""
+    while b"step 2/" not in seen:
+        seen += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert run.wait(60) == STOPPED
+    (saved,) = step_folders(tmp_path)
+    assert damage(saved) is None
+
+
+def test_sighup_stays_ignored_where_it_was():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    assert stop.unless_stopped(lambda: os.kill(os.getpid(), signal.SIGHUP) or 1) == 1
+    assert stop.agreed(torch.device("cpu")) == 0
 
 
 def test_a_failure_becomes_one_message(monkeypatch, capsys):
@@ -356,3 +511,24 @@ def test_a_gradient_that_stays_bad_ends_the_run(start, monkeypatch, tmp_path):
         train(monkeypatch, start, tmp_path / "run", "--max_skipped", 2)
     assert [m["skipped"] for m in metrics(tmp_path / "run")] == [1, 0, 1, 1]  # one alone is passed over
     assert damage(tmp_path / "run/step_2") is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_policy_that_has_diverged_is_logged_and_ends_the_run(start, monkeypatch, tmp_path, value):
+    """Its logs stay JSON, which knows no NaN: null stands for what is not finite."""
+    load_sharded = grpo.load_sharded
+
+    def diverged(*args, **options):
+        model = load_sharded(*args, **options)
+        with torch.no_grad():
+            model.get_decoder().norm.weight.fill_(value)
+        return model
+    monkeypatch.setattr(grpo, "load_sharded", diverged)
+    with pytest.raises(SystemExit, match="not finite in 2 steps in a row, all skipped"):
+        train(monkeypatch, start, tmp_path / "run", "--max_skipped", 2, "--show_every", 1, "--eval_every", 1, "--eval_size", 2)
+
+    def strict(name):
+        return [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run" / name).read_text().splitlines()]
+    assert [(m["step"], m["skipped"], m["loss"]) for m in strict("metrics.jsonl")] == [(1, 1, None), (2, 1, None)]
+    completion = strict("rollouts.jsonl")[0]["plans"][0]["completions"][0]
+    assert None in completion["per_token"]["surprise"] and len(completion["per_token"]["width"]) == completion["tokens"]

@@ -1,12 +1,15 @@
 """Settings, prompts, logprobs, batches, schedules, run folders."""
+import contextlib
 import dataclasses
 import errno
 import fcntl
 import functools
+import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -14,13 +17,15 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from attention import pack
 from checkpoint import Checkpoints
 from conftest import ROOT, make_tiny
-from data.toy import make_tokenizer
-from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, find_stop_ids, lr_at,
-                         make_optimizer, micro_batches, optimizer_step, parse_config)
+from data.toy import make_model, make_tokenizer
+from model_utils import (INSTRUCTION, PLAIN_TEMPLATE, check_context, encode_prompt, fill, find_stop_ids, load_config, load_model,
+                         load_sharded, load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config)
 from run_folder import append_jsonl, check_run, hold, open_run
 
 
@@ -324,6 +329,19 @@ def test_overwrite_does_not_clear_a_runs_own_input(tmp_path):
     assert (tmp_path / "run/model").exists()
 
 
+def test_a_log_holds_whole_lines_where_the_disk_takes_half_of_one(tmp_path):
+    append_jsonl(tmp_path / "log.jsonl", [{"step": 1}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+        with pytest.raises(OSError):
+            append_jsonl(tmp_path / "log.jsonl", [{"step": 2}, {"step": 3}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_jsonl(tmp_path / "log.jsonl", [{"step": 4}])
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 4}\n'
+
+
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot write in .*/file/run .*; choose another --out"):
@@ -334,3 +352,131 @@ def test_lengths_beyond_the_context_are_refused():
     check_context(make_tiny("qwen2").config, 100, 156)
     with pytest.raises(SystemExit, match="context of 256; lower --max_completion_tokens"):
         check_context(make_tiny("qwen2").config, 100, 157)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model folders
+
+@pytest.fixture
+def toy(tmp_path):
+    """A folder with a tiny toy model and its tokenizer."""
+    make_model(make_tokenizer(), width=16, layers=1, heads=2).save_pretrained(tmp_path / "toy")
+    make_tokenizer().save_pretrained(tmp_path / "toy")
+    return tmp_path / "toy"
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+CODE = """open({mark!r}, "w").close()
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+
+class Odd(PretrainedConfig):
+    model_type = "odd"
+
+
+class OddModel(Qwen2ForCausalLM):
+    config_class = Odd
+
+
+class OddTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("odd", "needs Python code that comes with it, .* never run here: choose a model that transformers"),
+    ("vit", "model_type 'vit', for which transformers has no causal language model; choose another"),
+    ("qwen2", "")])
+def test_code_that_comes_with_a_model_is_never_run(toy, tmp_path, monkeypatch, capsys, kind, message):
+    """Not even if the terminal says y, where transformers asks; its own class is taken where it has one."""
+    (toy / "code.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+    edit(toy / "config.json", model_type=kind,
+         auto_map={"AutoConfig": "code.Odd", "AutoModelForCausalLM": "code.OddModel"})
+    edit(toy / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "code.OddTokenizer"]})
+
+    stages = [lambda: load_config(str(toy)), lambda: load_tokenizer(str(toy)),
+              lambda: load_model(str(toy), torch.device("cpu"))]
+    for stage in stages:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+        if kind == "qwen2":
+            stage()
+        elif stage is stages[0]:
+            with pytest.raises(SystemExit, match=message) as stop:
+                stage()
+            assert "\n" not in str(stop.value)
+        else:  # scripts have ended by then
+            with contextlib.suppress(SystemExit):
+                stage()
+        assert not (tmp_path / "ran").exists()
+    said = capsys.readouterr().out
+    assert "Do you wish" not in said
+    assert ("not run: transformers' own qwen2 is used" in said) == (kind == "qwen2")
+
+
+def refused(function, *args) -> str:
+    with pytest.raises(SystemExit) as stop:
+        function(*map(str, args))
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])  # of whose tokenizers transformers makes nothing alike
+def test_a_model_folder_without_tokenizer_files_is_refused(tmp_path, family):
+    make_tiny(family).save_pretrained(tmp_path)
+    said = refused(load_tokenizer, tmp_path)
+    assert re.search(f"no .*tokenizer at '{tmp_path}' .*; copy the model's tokenizer files there", said)
+
+
+def test_a_damaged_tokenizer_is_refused(toy):
+    (toy / "tokenizer.json").write_text('{"model": 3}')
+    assert "no usable tokenizer at" in refused(load_tokenizer, toy)
+
+
+def test_why_a_folder_holds_no_model_is_said(toy):
+    """'no model at' is said of what is not there only."""
+    file = toy / "config.json"
+    whole = json.loads(file.read_text())
+    assert "is a file: give the folder" in refused(load_config, file)
+    untyped = {name: value for name, value in whole.items() if name != "model_type"}
+    for text, message in (("{", "config.json cannot be used (It looks like"), ("[]", "config.json cannot be used ("),
+                          (json.dumps({**whole, "hidden_size": "many"}), "cannot be used (Validation error"),
+                          (json.dumps(untyped), "cannot be used (Unrecognized model"),
+                          (json.dumps({**whole, "model_type": "odd"}), "names the model_type 'odd', which this "
+                           "transformers does not know: install a version that does, or choose another")):
+        file.write_text(text)
+        said = refused(load_config, toy)
+        assert message in said and "no model at" not in said
+    file.unlink()
+    assert f"the folder {toy} holds no config.json, so no model: copy" in refused(load_config, toy)
+    assert "no model at" in refused(load_config, "nowhere/at/all/model")
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "sharded"])
+def load(request):
+    """load_sharded, alone and in a process group, where every rank reads its own rows."""
+    if request.param:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield lambda path: load_sharded(str(path), torch.device("cpu"))
+    if request.param:
+        dist.destroy_process_group()
+
+
+def test_weights_that_miss_a_tensor_are_refused(toy, load):
+    """Filled at random, it would be another network on each load, so another one in policy and reference."""
+    file = toy / "model.safetensors"
+    stored = load_file(file)
+    assert "lm_head.weight" not in stored and load(toy).config.tie_word_embeddings  # tied: nothing is missing
+    missing = {name: t for name, t in stored.items() if "layernorm" not in name}
+    save_file(missing, file, metadata={"format": "pt"})
+    assert re.search(f"the weights in {toy} lack model.layers.0.input_layernorm.weight and 1 more: copy the model's "
+                     "files there again, or choose another model", refused(load, toy))
+    with pytest.raises(SystemExit, match="the weights in the checkpoint lack model.layers.0.input_layernorm.weight"):
+        fill(make_model(make_tokenizer(), width=16, layers=1, heads=2), missing)
+    save_file({**stored, "model.norm.weight": torch.ones(15)}, file, metadata={"format": "pt"})
+    assert re.search(r"model.norm.weight is stored with shape \[15\], the model has \[16\]: .*; copy", refused(load, toy))
+    edit(toy / "config.json", tie_word_embeddings=False)
+    save_file(stored, file, metadata={"format": "pt"})
+    assert "lack lm_head.weight:" in refused(load, toy)
