@@ -326,3 +326,9 @@ def test_a_gradient_that_stays_bad_ends_the_run(start, monkeypatch, tmp_path):
         train(monkeypatch, start, tmp_path / "run", "--max_skipped", 2)
     assert [m["skipped"] for m in metrics(tmp_path / "run")] == [1, 0, 1, 1]  # one alone is passed over
     assert damage(tmp_path / "run/step_2") is None
+
+
+def test_a_short_run_reaches_its_learning_rate(start, monkeypatch, tmp_path, capsys):
+    train(monkeypatch, start, tmp_path / "run", "--steps", 2, "--warmup_steps", 50)
+    assert max(m["lr"] for m in metrics(tmp_path / "run")) == 1e-3
+    assert "--warmup_steps 50 is too long for 2 steps" in capsys.readouterr().out
