@@ -377,9 +377,18 @@ def curves_html(runs: list[Run], groups: dict[str, dict[str, str]], prefix: str)
 # ---------------------------------------------------------------------------------------------------------------
 # The page
 
+def finite(data):
+    """The data with null for NaN and Infinity: a browser refuses the whole of a JSON text that holds one of them."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def embed(data) -> str:
     r"""JSON that is safe inside a script element: no `<`, and pure ASCII (U+2028 and control characters are \u-escaped)."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def build(paths: list[str], out: Path, page_mb: float = 12.0) -> dict:
