@@ -118,3 +118,10 @@ def test_dry_run_checks_divisibility(monkeypatch, capsys):
         run(grpo, monkeypatch, capsys, "--questions", "100")
     with pytest.raises(SystemExit, match="--batch_size 12 does not divide over 8 ranks"):
         run(sft, monkeypatch, capsys, "--batch_size", "12")
+
+
+def test_the_readme_reports_on_runs_that_the_demo_writes():
+    written = {"runs/demo", *(f"runs/demo/{name}" for name in re.findall(r'--out "\$RUN/(\w+)"', (RECIPES / "demo.sh").read_text()))}
+    lines = [line for name in ("README.md", "report.py") for line in (ROOT / name).read_text().splitlines()]
+    named = [word for line in lines if "python report.py" in line for word in re.findall(r"(?<!--out )\bruns/[\w/]+", line)]
+    assert {"runs/demo", "runs/demo/pta", "runs/demo/grpo"} == set(named) <= written
