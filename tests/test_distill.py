@@ -300,19 +300,19 @@ def test_a_server_that_drips_meets_the_time_limit(problems, tmp_path, monkeypatc
         return answer
     # One drips in its head, one in its body.
     Teacher.script = [drip(b"HTTP/1.1 200 OK\r\nX-Slow: "), drip(b"HTTP/1.1 200 OK\r\n\r\n")]
-    run_in_time = threading.Timer(30, gone.set)  # the test fails instead of hanging
+    run_in_time = threading.Timer(60, gone.set)  # the test fails instead of hanging
     run_in_time.start()
     try:
         with pytest.raises(SystemExit) as stop:
             run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl",
-                "--timeout", 1.5, "--retries", 0, "--concurrency", 2)
+                "--timeout", 5, "--retries", 0, "--concurrency", 2)
     finally:
         in_time = not gone.is_set()
         gone.set()
         run_in_time.cancel()
     assert in_time and "2 records are unanswered: run again with --resume" in stop.value.code
     assert "10 plans kept, 0 dropped, 2 left to ask" in (said := capsys.readouterr().out)
-    assert "2 unanswered (no answer within 1.5 s): run again with --resume" in said
+    assert "2 unanswered (no answer within 5 s): run again with --resume" in said
 
 
 def test_a_reply_of_many_megabytes_is_cut_off(problems, tmp_path, monkeypatch, server, capsys):
