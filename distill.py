@@ -12,8 +12,7 @@ it need not be strong. Three kinds of --teacher:
 A plan is kept if it is not empty, not too long, free of template tags and does not give the answer away. Finished
 records are written at once; with --resume a stopped run goes on where it was and asks for none twice.
 
-Under torchrun every rank holds a local teacher of its own and takes every W-th record; what the ranks past the first
-write stands in *.rank1.jsonl and so on until the end, or the next --resume (at any number of ranks), joins it to --out.
+Under torchrun every rank holds a local teacher of its own and takes its share of each batch; rank 0 writes them all.
 
     python distill.py --teacher rule --data runs/demo/data/sft.jsonl --out runs/demo/plans.jsonl
     torchrun --nproc_per_node=8 distill.py --teacher Qwen/Qwen2.5-7B-Instruct
@@ -22,18 +21,27 @@ import asyncio
 import json
 import os
 import random
+import re
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import STOPPED, guarded
+try:
+    import httpx2 as httpx  # huggingface_hub's transport since its 2.0
+except ImportError:
+    import httpx
+
+from checkpoint import guarded
 from data.sources import load_jsonl, load_records
 from data.toy import plan_of
 from grpo import completion_texts, sample
-from model_utils import (barrier, everyone, fail, find_stop_ids, init_distributed, load_config, load_model,
+from model_utils import (everyone, fail, find_stop_ids, gather0, init_distributed, load_config, load_model,
                          load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import TAG, plan_leaks
 from run_folder import hold, make_folder
@@ -49,9 +57,9 @@ class Config:
     max_plan_words: int = 300  # longer plans are dropped (>= 1)
     max_new_tokens: int = 2048  # the teacher's limit, its own thinking included (>= 1)
     temperature: float = 0.6  # of the teacher
-    concurrency: int = 32  # requests in flight, or rows of a local teacher's batch (>= 1)
+    concurrency: int = 32  # requests in flight, or rows of a local teacher's batch, per rank (>= 1)
     retries: int = 6  # of a request that met 429, 5xx or a time-out, with growing pauses
-    timeout: float = 300.0  # seconds a request (> 0)
+    timeout: float = 300.0  # seconds per request, from its first byte to the last of its answer (> 0)
     seed: int = 0  # choice of the subset, sampling (< 4e9)
     overwrite: bool = False  # replace the records in --out
     resume: bool = False  # go on after the records in --out
@@ -70,13 +78,156 @@ Solution:
 {solution}"""
 
 
-class Unavailable(Exception):
-    """The teacher did not answer for now; the record stays unfinished and a later --resume asks again."""
+# ---------------------------------------------------------------------------------------------------------------
+# Teachers: each yields (record, its text, the reason why there is none) as records finish
+
+UNANSWERED = "unanswered"  # begins the reason of a record that stays unfinished: --resume asks again
+MAX_REPLY = 10_000_000  # bytes
+Answers = Iterator[tuple[dict, str | None, str | None]]
 
 
-class Refused(Exception):
-    """The server takes no request at all. Not SystemExit, which would tear through the event loop and its other tasks."""
+def ask_rule(records: list[dict], config: Config) -> Answers:
+    for record in records:
+        try:
+            yield record, plan_of(record["solution"]), None
+        except ValueError as error:
+            fail(f"record {record['id']}: {error}; --teacher rule reads the toy task only")
 
+
+def ask_local(records: list[dict], config: Config) -> Answers:
+    """Batches through grpo.py's sampling loop. Every rank answers its share of each batch; rank 0 yields them all."""
+    tokenizer = load_tokenizer(config.teacher)
+    device = init_distributed()
+    model = load_model(config.teacher, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    context = getattr(model.config, "max_position_embeddings", 1 << 30)
+    stop_ids = find_stop_ids(model, tokenizer)
+    for start in range(0, len(records), config.concurrency * world_size()):
+        answers, asked, prompts = [], [], []
+        for record in records[start + rank() * config.concurrency:][:config.concurrency]:
+            message = [{"role": "user", "content": REQUEST.format(**record)}]
+            prompt = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+            if len(prompt) + config.max_new_tokens > context:
+                answers.append((record, None, "too long for the teacher's context"))
+            else:
+                asked.append(record)
+                prompts.append(prompt)
+        if prompts:
+            ids, _ = sample(model, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                            stop_ids=stop_ids, seed=config.seed + start + rank())
+            answers += [(record, text, None) for record, text in zip(asked, completion_texts(tokenizer, ids, stop_ids))]
+        yield from gather0(answers)
+
+
+def ask_server(records: list[dict], config: Config) -> Answers:
+    """Up to --concurrency requests at a time. Raises SystemExit where no request can succeed."""
+    post = make_post(config)
+    pool = ThreadPoolExecutor(config.concurrency)
+    try:
+        asked = {pool.submit(ask_with_retries, post, record, config): record for record in records}
+        for future in as_completed(asked):
+            if error := future.exception():
+                for other in [other for other in asked if other.done() and not other.exception()]:
+                    yield asked[other], *other.result()
+                raise error
+            yield asked.pop(future), *future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ask_with_retries(post, record: dict, config: Config) -> tuple[str | None, str | None]:
+    """(text, None), or (None, reason)."""
+    pause = 1.0
+    for attempt in range(config.retries + 1):
+        text, reason, wait = ask_once(post, record, config)
+        if reason is None or not reason.startswith(UNANSWERED):
+            break
+        if attempt < config.retries:
+            sleep(max(wait, pause * random.uniform(0.5, 1.5)))
+            pause = min(2 * pause, 60.0)
+    return text, reason
+
+
+def ask_once(post, record: dict, config: Config) -> tuple[str | None, str | None, float]:
+    """(text, None, 0), or (None, reason, seconds to wait). Raises SystemExit where no request can succeed."""
+    try:
+        # A time limit of httpx's own is per read: a server that drips would never meet it.
+        status, headers, body = asyncio.run(asyncio.wait_for(post(record), config.timeout))
+    except TimeoutError:
+        return None, f"{UNANSWERED} (no answer within {config.timeout:g} s)", 0
+    except (httpx.HTTPError, OSError) as error:
+        return None, f"{UNANSWERED} ({type(error).__name__})", 0
+    if len(body) > MAX_REPLY:
+        return None, f"{UNANSWERED} (a reply of more than {MAX_REPLY} bytes)", 0
+    if status == 200:
+        try:
+            content = json.loads(body)["choices"][0]["message"].get("content")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None, f"{UNANSWERED} (a reply without choices)", 0
+        if isinstance(content, list):
+            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            content = "".join(text for text in texts if isinstance(text, str))
+        if isinstance(content, str | None):  # none where the teacher's thinking met --max_new_tokens
+            return content or "", None, 0
+        return None, f"content of type {type(content).__name__}, not text", 0
+    words = servers_words(body)
+    if status in (400, 413, 422):
+        return None, f"refused by the server (HTTP {status}): {words}", 0
+    if status in (408, 429) or status >= 500:
+        after = headers.get("Retry-After", "")
+        wait = min(float(after), 60.0) if re.fullmatch(r"\d{1,9}(\.\d+)?", after, re.ASCII) else 0
+        return None, f"{UNANSWERED} (HTTP {status}: {words})", wait
+    fail(f"{config.teacher} answers {status}: check the base URL, --teacher_model and DISTILL_API_KEY (its credit too), "
+         f"then go on with --resume; the server says: {words}")
+
+
+def make_post(config: Config):
+    """An async function: record -> (status, headers, body) of the server's answer. Redirects are not followed: the key
+    must not go elsewhere."""
+    try:
+        url = httpx.URL(config.teacher)
+        url = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if not url.host:
+        fail(f"--teacher {config.teacher} is no address; give one such as http://localhost:8000/v1")
+    key = os.environ.get("DISTILL_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        fail("DISTILL_API_KEY holds characters that a key cannot have; set it again")
+    head = {"Authorization": f"Bearer {key}"} if key else {}
+    tls = httpx.create_ssl_context()  # once: it reads all certificates
+
+    async def post(record: dict):
+        request = {"messages": [{"role": "user", "content": REQUEST.format(**record)}],
+                   "max_tokens": config.max_new_tokens, "temperature": config.temperature}
+        if config.teacher_model:
+            request["model"] = config.teacher_model
+        async with (httpx.AsyncClient(verify=tls, timeout=None, follow_redirects=False) as client,
+                    client.stream("POST", url, json=request, headers=head) as response):
+            body = bytearray()
+            async for piece in response.aiter_bytes():
+                body += piece
+                if len(body) > MAX_REPLY:
+                    break
+            return response.status_code, response.headers, body
+    return post
+
+
+def servers_words(body: bytes) -> str:
+    """What a server says of a failure: its message, or all of its answer, as one short line that can be printed."""
+    text = body.decode(errors="replace")
+    try:
+        found = json.loads(text)
+        for name in ("error", "message", "detail"):
+            found = found.get(name, found) if isinstance(found, dict) else found
+        text = found if isinstance(found, str) else text
+    except (ValueError, RecursionError):
+        pass
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= 300 else text[:300] + " …"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Records
 
 def rejection(plan: str, answer: str, max_words: int) -> str | None:
     """Why a plan is not kept, or None."""
@@ -91,126 +242,11 @@ def rejection(plan: str, answer: str, max_words: int) -> str | None:
     return None
 
 
-async def ask_rule(records: list[dict], config: Config, report):
-    for record in records:
-        try:
-            report(record, plan_of(record["solution"]))
-        except ValueError as error:
-            fail(f"record {record['id']}: {error}; --teacher rule reads the toy task only")
-        await asyncio.sleep(0)  # where Ctrl-C is heard
-
-
-async def ask_local(records: list[dict], config: Config, report):
-    """Batches through grpo.py's sampling loop."""
-    tokenizer = load_tokenizer(config.teacher)
-    device = init_distributed()
-    model = load_model(config.teacher, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    context = getattr(model.config, "max_position_embeddings", 1 << 30)
-    stop_ids = find_stop_ids(model, tokenizer)
-    for start in range(0, len(records), config.concurrency):
-        batch, prompts = [], []
-        for record in records[start:start + config.concurrency]:
-            message = [{"role": "user", "content": REQUEST.format(**record)}]
-            prompt = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
-            if len(prompt) + config.max_new_tokens > context:
-                report(record, None, "too long for the teacher's context")
-            else:
-                batch.append(record)
-                prompts.append(prompt)
-        if prompts:
-            ids, _ = sample(model, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                            stop_ids=stop_ids, seed=config.seed + start * world_size() + rank())
-            for record, text in zip(batch, completion_texts(tokenizer, ids, stop_ids)):
-                report(record, text)
-        await asyncio.sleep(0)  # where Ctrl-C is heard
-
-
-async def ask_server(records: list[dict], config: Config, report):
-    """Up to --concurrency requests at a time."""
-    from huggingface_hub import AsyncInferenceClient
-    # Without a key of our own the client would send the user's hub token to that server.
-    key = os.environ.get("DISTILL_API_KEY") or "none"
-    gate, bar_lock = asyncio.Semaphore(config.concurrency), asyncio.Lock()
-
-    async def one(client, record):
-        async with gate:
-            try:
-                text = await ask_with_retries(client, record, config)
-            except Unavailable as error:
-                report(record, None, error)
-                return
-        async with bar_lock:
-            report(record, text, None if text is not None else "refused by the server")
-
-    async with AsyncInferenceClient(base_url=config.teacher, api_key=key, timeout=config.timeout) as client:
-        tasks = [asyncio.create_task(one(client, record)) for record in records]
-        try:
-            await asyncio.gather(*tasks)
-        except Refused as error:
-            fail(str(error))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)  # until each has ended
-
-
-async def ask_with_retries(client, record: dict, config: Config) -> str | None:
-    """The teacher's text, or None for a request that the server will never take (400, 413, 422).
-
-    Raises Unavailable after the last retry, Refused where no request can succeed (401, 403, 404).
-    """
-    try:
-        import httpx2 as httpx  # huggingface_hub's transport since its 2.0
-    except ImportError:
-        import httpx
-    from huggingface_hub.errors import HfHubHTTPError
-    pause, why = 1.0, ""
-    for attempt in range(config.retries + 1):
-        if attempt:
-            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
-            pause = min(2 * pause, 60.0)
-        try:
-            reply = await client.chat_completion(
-                model=config.teacher_model or None, max_tokens=config.max_new_tokens, temperature=config.temperature,
-                messages=[{"role": "user", "content": REQUEST.format(**record)}])
-            return reply.choices[0].message.content or ""
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403, 404):
-                raise Refused(f"{config.teacher} answers {status}: check the base URL, --teacher_model and DISTILL_API_KEY")
-            if status not in (408, 429) and status < 500:
-                return None
-            why = f"HTTP {status}"
-        except (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError) as error:
-            # no connection, time-out, a reply cut off in the middle or without choices
-            why = type(error).__name__
-    raise Unavailable(why)
-
-
-def parts_of(path: Path) -> list[Path]:
-    """What ranks 1, 2, ... of a run wrote for `path`."""
-    return sorted(path.parent.glob(f"{path.stem}.rank*{path.suffix}"))
-
-
 def drop_cut_line(path: Path):
     """Remove a last line that was cut off in mid-write."""
     data = path.read_bytes()
     if not data.endswith(b"\n"):
         path.write_bytes(data[:data.rfind(b"\n") + 1])
-
-
-def join_parts(path: Path, order: dict[str, int]):
-    """Put the ranks' parts and `path` together in the data's order; killed anywhere in between, nothing is lost or doubled."""
-    if parts := parts_of(path):
-        files = [file for file in (path, *parts) if file.exists()]
-        for file in files:
-            drop_cut_line(file)
-        records = {str(record["id"]): record for file in files for record in load_jsonl(file)}
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(records[i]) + "\n" for i in sorted(records, key=lambda i: order.get(i, -1))))
-        temporary.replace(path)
-        for part in parts:
-            part.unlink()
 
 
 def finished_ids(out: Path, dropped: Path) -> set[str]:
@@ -259,77 +295,62 @@ def main():
         init_distributed()
     hold(out.with_name(f".{out.name}.lock"))
     refuse_records(config)  # again: another run may have ended before this one had the lock
-    order = {record["id"]: position for position, record in enumerate(records)}
-    if rank() == 0:
-        for path in (out, dropped):
-            if config.overwrite and not config.resume:
-                for old in (path, *parts_of(path)):
-                    old.unlink(missing_ok=True)
-            join_parts(path, order)
-        finished_ids(out, dropped)  # for its removal of a cut line, which must come before anybody reads
-    barrier()
-    done = finished_ids(out, dropped)
-    barrier()  # from here on rank 0 appends
-    # A rank's share is of all records, not of those left: it does not depend on who has read what when.
-    records = records[rank()::world_size()]
+    if rank() == 0 and config.overwrite and not config.resume:
+        out.unlink(missing_ok=True)
+        dropped.unlink(missing_ok=True)
+    done = everyone(finished_ids(out, dropped) if rank() == 0 else None)[0]
     todo = [record for record in records if record["id"] not in done]
-    out_part, dropped_part = (path.with_name(f"{path.stem}.rank{rank()}{path.suffix}") if rank() else path
-                              for path in (out, dropped))
-    kept, reasons, unavailable, stopped = 0, Counter(), Counter(), False
+    before, kept, reasons, unanswered = len(records) - len(todo), 0, Counter(), Counter()
 
-    with open(out_part, "a") as kept_file, open(dropped_part, "a") as dropped_file, \
-            tqdm(total=len(records), initial=len(records) - len(todo), desc="distill", unit="plan",
-                 disable=None if rank() == 0 else True) as bar:
-
-        def report(record: dict, text: str | None, reason=None):
-            """One record is finished: keep its plan or note why not. An Unavailable one stays unfinished."""
-            nonlocal kept
-            if isinstance(reason, Unavailable):
-                unavailable[str(reason)] += 1
-                return
-            # A reasoning teacher thinks aloud first; the plan is what follows.
-            plan = (text or "").rpartition("</think>")[2].strip()
-            reason = reason or rejection(plan, record["answer"], config.max_plan_words)
-            if reason is None:
-                kept += 1
-                fields = {name: record[name] for name in ("id", "problem", "answer")}
-                kept_file.write(json.dumps({**fields, "plan": plan, "think": record["solution"]}) + "\n")
-                kept_file.flush()
-            else:
-                reasons[reason] += 1
-                dropped_file.write(json.dumps({"id": record["id"], "reason": reason, "plan": plan}) + "\n")
-                dropped_file.flush()
-            bar.update()
-
+    def answers():
         usable = []
         for record in todo:
             if TAG.search(record["solution"]):
-                report(record, None, "template tags in the CoT")  # the target could not be parsed again
+                yield record, None, "template tags in the CoT"  # the target could not be parsed again
             else:
                 usable.append(record)
-        try:
-            asyncio.run(ask(usable, config, report))
-        except KeyboardInterrupt:
-            stopped = True
+        yield from ask(usable, config)
 
-    barrier()
-    if rank() == 0:
-        join_parts(out, order)
-        join_parts(dropped, order)
-    kept, left, before, reasons, stopped = (sum(parts[1:], parts[0]) for parts in zip(*everyone(
-        (kept, len(todo) - kept - sum(reasons.values()), len(records) - len(todo), reasons, int(stopped)))))
-    print0(f"{out}: {kept} plans kept, {sum(reasons.values())} dropped" + f", {left} left to ask" * (left > 0)
-           + f", {before} finished before" * (before > 0))
-    for reason, count in reasons.most_common():
-        print0(f"  {count} {reason}")
-    if stopped and left:
-        print0("stopped; --resume goes on from here")
-        raise SystemExit(STOPPED)
-    if unavailable:
-        print("  " + ", ".join(f"{count} unanswered ({why})" for why, count in unavailable.items()) + ": run again with --resume")
-        raise SystemExit(1)
-    if rank() == 0 and not out.stat().st_size:
-        fail(f"no plan was kept: {dropped} holds what the teacher wrote; choose another --teacher or raise the limits")
+    # Ranks past the first have nothing to write: rank 0 gathers what they answer.
+    with open(out if rank() == 0 else os.devnull, "a") as kept_file, \
+            open(dropped if rank() == 0 else os.devnull, "a") as dropped_file, \
+            tqdm(total=len(records), initial=before, desc="distill", unit="plan",
+                 disable=None if rank() == 0 else True) as bar:
+        try:
+            for record, text, reason in answers():
+                if reason and reason.startswith(UNANSWERED):
+                    unanswered[reason] += 1
+                    continue
+                # A reasoning teacher thinks aloud first; the plan is what follows.
+                plan = (text or "").rpartition("</think>")[2].strip()
+                reason = reason or rejection(plan, record["answer"], config.max_plan_words)
+                if reason is None:
+                    kept += 1
+                    fields = {name: record[name] for name in ("id", "problem", "answer")}
+                    kept_file.write(json.dumps({**fields, "plan": plan, "think": record["solution"]}) + "\n")
+                    kept_file.flush()
+                else:
+                    reasons[reason] += 1
+                    dropped_file.write(json.dumps({"id": record["id"], "reason": reason, "plan": plan}) + "\n")
+                    dropped_file.flush()
+                bar.update()
+        finally:  # Ctrl-C and a server that refuses everything included
+            left = len(todo) - kept - sum(reasons.values())
+            bar.clear()
+            print0(f"{out}: {kept} plans kept, {sum(reasons.values())} dropped"
+                   + f", {left} left to ask (--resume goes on with them)" * (left > 0)
+                   + f", {before} finished before" * (before > 0))
+            for reason, count in reasons.most_common(10):
+                print0(f"  {count} {reason}")
+    if rank() > 0:
+        return
+    for reason, count in unanswered.most_common(10):
+        print0(f"  {count} {reason}: run again with --resume")
+    if left:
+        fail(f"{left} records are unanswered: run again with --resume")
+    if not out.stat().st_size:
+        fail(f"no plan was kept: {dropped} holds what the teacher wrote; choose another --teacher or raise the limits, "
+             "and pass --overwrite")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from memory import dry_run
 from model_utils import (all_sum, check_common, check_context, encode_prompt, fail, find_stop_ids, gather0, gather_all,
                          init_distributed, load_config, load_sharded, load_tokenizer, lr_at, make_optimizer,
                          micro_batches, optimizer_step, parse_config, print0, progress, rank, reserve_cache, unsharded,
-                         without_autograd, world_size)
+                         warmup_within, without_autograd, world_size)
 from rewards import (GRADER_COUNTS, check_golds, extract_answer, grade, grader_stats, overlong_penalty, parse_completion,
                      total_reward)
 from rollout_log import note_tokens, rollout_metrics, rollout_record, show_record
@@ -81,7 +81,7 @@ class Config:
     cuda_graphs: bool = True  # on a GPU, decode by replaying captured steps
     # the optimiser
     lr: float = 1e-6  # peak learning rate
-    warmup_steps: int = 0  # linear warm-up
+    warmup_steps: int = 0  # linear warm-up; a tenth of --steps where that is no more than this
     schedule: str = "constant"  # constant, linear or cosine
     weight_decay: float = 0.01  # AdamW, matrices only
     max_grad_norm: float = 1.0  # gradient-norm clip; inf: none (> 0)
@@ -612,6 +612,7 @@ def main():
         reference = load_sharded(config.model, device, dtype, **sharding).requires_grad_(False)
     open_run(folder, config)
     model.cuda_graphs = config.cuda_graphs
+    warmup_steps = warmup_within(config.steps, config.warmup_steps)
     stop_ids = find_stop_ids(model, tokenizer)
     plan_closed = plan_end(tokenizer)
     # Steps done; questions drawn so far, over all ranks; steps skipped in a row. All that a resume needs beside weights.
@@ -646,7 +647,7 @@ def main():
         step, started = state["step"] + 1, time.time()
         checkpoints.poll()  # puts a save that has been written since into place
         before = dict(state)  # what to save if a stop signal cuts this step short
-        lr = lr_at(step - 1, config.steps, config.lr, config.warmup_steps, config.schedule)
+        lr = lr_at(step - 1, config.steps, config.lr, warmup_steps, config.schedule)
 
         # ---- Rollout and its verdicts ----------------------------------------------------------------------
         groups, rounds, seconds = [], 0, {"rollout": 0.0, "reward": 0.0}

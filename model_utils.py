@@ -712,6 +712,15 @@ def lr_at(step: int, steps: int, lr: float, warmup_steps: int, schedule: str) ->
     return lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
 
 
+def warmup_within(steps: int, warmup_steps: int) -> int:
+    """`warmup_steps`, or a tenth of the steps, and a line that says so, where the run would end in its warm-up."""
+    if warmup_steps < steps:
+        return warmup_steps
+    print0(f"--warmup_steps {warmup_steps} is too long for {steps} steps, which would never reach --lr: "
+           f"the warm-up takes {steps // 10}")
+    return steps // 10
+
+
 def optimizer_step(model, optimizer, lr: float, max_grad_norm: float) -> float:
     """Clip, step, zero. Returns the gradient's norm; a step whose norm is not finite is skipped (on all ranks alike)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

@@ -1,7 +1,7 @@
 """One HTML page of a run or several: figures with intervals, curves, plan trees, the same question before and after.
 
     python report.py runs/demo --out report.html             every run and evaluation in the folder
-    python report.py runs/pta runs/grpo --watch 30           two runs side by side, rebuilt while they go on
+    python report.py runs/demo/pta runs/demo/grpo --watch 30 two runs side by side, rebuilt while they go on
     python report.py runs/demo --pictures docs               also docs/curves.svg and docs/tree.png
 
 A RUN is a folder with metrics.jsonl (sft.py, grpo.py), with records.jsonl (eval.py), or a folder of such folders;
@@ -378,9 +378,18 @@ def curves_html(runs: list[Run], groups: dict[str, dict[str, str]], prefix: str)
 # ---------------------------------------------------------------------------------------------------------------
 # The page
 
+def finite(data):
+    """The data with null for NaN and Infinity: a browser refuses the whole of a JSON text that holds one of them."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
 def embed(data) -> str:
     r"""JSON that is safe inside a script element: no `<`, and pure ASCII (U+2028 and control characters are \u-escaped)."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(finite(data), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def build(paths: list[str], out: Path, page_mb: float = 12.0) -> dict:

@@ -20,7 +20,7 @@ from data.sources import load_records
 from memory import dry_run
 from model_utils import (all_sum, check_common, encode_prompt, fail, init_distributed, load_config, load_sharded,
                          load_tokenizer, lr_at, make_optimizer, micro_batches, optimizer_step, parse_config, print0,
-                         progress, rank, world_size)
+                         progress, rank, warmup_within, world_size)
 from rewards import build_completion
 from run_folder import LOCK, check_run, hold, open_logger, open_run
 
@@ -35,7 +35,7 @@ class Config:
     batch_size: int = 64  # sequences an optimiser step, over all ranks (>= 1)
     use_plan: bool = True  # false: leave the plan block out of the targets
     weight_decay: float = 0.01  # AdamW, matrices only
-    warmup_steps: int = 20  # linear warm-up
+    warmup_steps: int = 20  # linear warm-up; a tenth of the steps where the run has no more than this
     schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
     max_grad_norm: float = 1.0  # gradient-norm clip; inf: none (> 0)
     val_size: int = 200  # records held out for the validation loss (at most a tenth of the data)
@@ -120,6 +120,7 @@ def main():
         fail(f"{len(train)} training records are fewer than --batch_size {config.batch_size}; lower it")
     per_epoch = len(train) // config.batch_size
     steps = max(1, round(per_epoch * config.epochs))
+    warmup_steps = warmup_within(steps, config.warmup_steps)
 
     folder = check_run(config)
     device = init_distributed()
@@ -143,7 +144,7 @@ def main():
         random.Random(f"{config.seed} {epoch}").shuffle(order)  # a new order each epoch
         batch = [train[i] for i in order[position * config.batch_size:(position + 1) * config.batch_size]]
         tokens = count_tokens(batch)  # one denominator for all micro-batches and ranks
-        lr = lr_at(step, steps, config.lr, config.warmup_steps, config.schedule)
+        lr = lr_at(step, steps, config.lr, warmup_steps, config.schedule)
         loss = sft_loss(model, batch[rank()::world_size()], tokens, config.tokens_per_micro_batch, device, train=True)
         grad_norm = optimizer_step(model, optimizer, lr, config.max_grad_norm)
         metrics = {"step": step + 1, "epoch": (step + 1) / per_epoch, "loss": loss, "grad_norm": grad_norm,

@@ -144,9 +144,14 @@ def inject(name: str):
             raise OSError(28, "No space left on device")
         return original(tensors, path, **kwargs)
 
+    def slow_save(call, original, tensors, path, **kwargs):
+        if "step_2" in str(path):
+            time.sleep(60)
+        return original(tensors, path, **kwargs)
+
     faults = {"raise": (grpo, "make_groups", raise_), "drop": (grpo, "grade", unlucky_and_slow),
               "nan": (grpo, "policy_loss", nan), "oom": (grpo, "policy_loss", out_of_memory),
-              "full": (safetensors.torch, "save_file", disk_full)}
+              "full": (safetensors.torch, "save_file", disk_full), "slow": (safetensors.torch, "save_file", slow_save)}
     patch(*faults[name])
     guarded(grpo.main)
 

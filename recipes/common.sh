@@ -30,6 +30,17 @@ given() {  # flag, words: is it among them, and not as false?
     [[ " $* " =~ \ $flag[\ =] && ! " $* " =~ \ $flag[\ =](false|0|no|off)\  ]]
 }
 dry() { given --dry_run "$@"; }
+out_of() {  # default, words: the folder that the last --out among the words names, else the default
+    local out=$1; shift
+    while [ $# -gt 0 ]; do
+        case "$1" in
+            --out=*) out=${1#*=} ;;
+            --out) out=${2:?--out wants a folder} ;;
+        esac
+        shift
+    done
+    echo "$out"
+}
 # `--` keeps torchrun from reading eval.py's --n as a shortened flag of its own.
 launch() { torchrun --nproc_per_node="$GPUS" -- "$@"; }
 # A dry run asks only for shapes: one process that counts as all of them.
@@ -45,7 +56,8 @@ evaluate() {  # model, output folder, flags: 64 samples at temperature 0.6 and t
 
 row() {  # model, method, flags of grpo.py: train from the cold start, then evaluate
     model_settings "$1"; method_settings "$2"
-    local out=$RUNS/$1_$2 flags=(--steps "$STEPS" --max_completion_tokens "$TOKENS" "${METHOD[@]}" "${@:3}")
+    local out flags=(--steps "$STEPS" --max_completion_tokens "$TOKENS" "${METHOD[@]}" "${@:3}")
+    out=$(out_of "$RUNS/$1_$2" "${@:3}")  # --out stands among the flags too; both say the same
     if dry "$@"; then
         launch_dry grpo.py --model "recipes/shapes/$1" --data "$RUNS/data/deepmath.jsonl" --out "$out" "${flags[@]}"
         echo "(--model stands for $RUNS/$1_sft/model: recipes/shapes holds its shapes without weights)"

@@ -532,3 +532,9 @@ def test_a_policy_that_has_diverged_is_logged_and_ends_the_run(start, monkeypatc
     assert [(m["step"], m["skipped"], m["loss"]) for m in strict("metrics.jsonl")] == [(1, 1, None), (2, 1, None)]
     completion = strict("rollouts.jsonl")[0]["plans"][0]["completions"][0]
     assert None in completion["per_token"]["surprise"] and len(completion["per_token"]["width"]) == completion["tokens"]
+
+
+def test_a_short_run_reaches_its_learning_rate(start, monkeypatch, tmp_path, capsys):
+    train(monkeypatch, start, tmp_path / "run", "--steps", 2, "--warmup_steps", 50)
+    assert max(m["lr"] for m in metrics(tmp_path / "run")) == 1e-3
+    assert "--warmup_steps 50 is too long for 2 steps" in capsys.readouterr().out

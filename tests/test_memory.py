@@ -1,6 +1,9 @@
 """memory.py: parameter counts against the published ones, hand-worked parts, planned against measured bytes."""
+import sys
+
 import pytest
 
+from bench import memory_plan
 from bench.memory_plan import compare, tiny_configs
 from conftest import ROOT
 from memory import plan
@@ -30,3 +33,10 @@ def test_parts_by_hand():
 def test_the_plan_is_within_15_percent_of_a_measured_update(name, checkpointing):
     planned, measured = compare(tiny_configs()[name], checkpointing=checkpointing)
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+def test_the_plan_without_flags_is_of_the_papers_main_model(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory_plan.py"])
+    memory_plan.main()
+    out = capsys.readouterr().out
+    assert "qwen2.5_7b: 7.62 B parameters; GiB on each of 8 GPUs" in out and "fits in 90 % of 80 GiB" in out

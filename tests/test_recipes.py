@@ -70,6 +70,22 @@ def test_flags_are_read_with_their_values(commands, tmp_path):
         assert len(commands("qwen3_8b_grpo.sh", *flags)[0]) == 3
 
 
+@pytest.mark.parametrize("flags", [["--out", "/there/x"], ["--out=/there/x"], ["--out", "/old", "--out=/there/x"]])
+def test_what_is_evaluated_is_what_was_trained(commands, tmp_path, flags):
+    (tmp_path / "runs/qwen3_8b_sft/model").mkdir(parents=True)
+    _, train, evaluate = commands("qwen3_8b_grpo.sh", *flags, "--lr", "2e-6")[0]
+    assert re.findall(r"--out[ =](\S+)", train)[-1] == "/there/x" and train.endswith(" --lr 2e-6")
+    assert "eval.py --model /there/x/model " in evaluate and "--out /there/x/eval " in evaluate
+    printed, said = commands("qwen3_8b_grpo.sh", "--out")
+    assert not printed and "--out wants a folder" in said
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "toy_base.sh"])
+def test_scripts_without_flags_refuse_them(commands, script):
+    printed, said = commands(script, "--out", "/there/x")
+    assert not printed and said.count("\n") == 1 and "takes no flags" in said and "RUN=" in said
+
+
 def test_the_defaults_that_recipes_rely_on_are_the_papers():
     config = grpo.Config()
     assert (config.questions, config.lr, config.weight_decay, config.warmup_steps, config.temperature) == (128, 1e-6, 0.01, 0, 1.0)
@@ -102,3 +118,10 @@ def test_dry_run_checks_divisibility(monkeypatch, capsys):
         run(grpo, monkeypatch, capsys, "--questions", "100")
     with pytest.raises(SystemExit, match="--batch_size 12 does not divide over 8 ranks"):
         run(sft, monkeypatch, capsys, "--batch_size", "12")
+
+
+def test_the_readme_reports_on_runs_that_the_demo_writes():
+    written = {"runs/demo", *(f"runs/demo/{name}" for name in re.findall(r'--out "\$RUN/(\w+)"', (RECIPES / "demo.sh").read_text()))}
+    lines = [line for name in ("README.md", "report.py") for line in (ROOT / name).read_text().splitlines()]
+    named = [word for line in lines if "python report.py" in line for word in re.findall(r"(?<!--out )\bruns/[\w/]+", line)]
+    assert {"runs/demo", "runs/demo/pta", "runs/demo/grpo"} == set(named) <= written

@@ -251,6 +251,31 @@ def test_embedded_json_reads_back_and_holds_no_markup(page):
     assert text.count("</script>") == 2 and "<img" not in text and "onerror='window" not in text.split('id="data"')[0]
 
 
+@pytest.fixture(scope="module")
+def not_finite(tmp_path_factory):
+    """The page of a run whose log holds NaN and Infinity wherever it holds a number."""
+    root = tmp_path_factory.mktemp("not_finite")
+    bad = completion(advantage=math.nan, per_token=None)
+    bad["reward"] = {name: math.inf for name in bad["reward"]}
+    bad["per_token"] = per_token(bad["text"])
+    bad["per_token"]["surprise"] = [math.nan, 50, -math.inf] + bad["per_token"]["surprise"][3:]
+    record = tree(1, "bad", [bad] * 2)
+    record["plans"][0]["score"] = math.nan
+    write(root / "pta/metrics.jsonl", [metric(1)])
+    write(root / "pta/rollouts.jsonl", [record, tree(1, "good", [completion()] * 2)])
+    report.build([str(root)], root / "page.html")
+    return root / "page.html"
+
+
+def test_embedded_json_is_strict(not_finite):
+    def refuse(name):
+        raise ValueError(name)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', not_finite.read_text())[1], parse_constant=refuse)
+    bad = data["trees"][0]["plans"][0]
+    assert bad["score"] is None and bad["completions"][0]["reward"]["total"] is None
+    assert bad["completions"][0]["per_token"]["surprise"][:3] == [None, 50, None]
+
+
 def test_names_and_settings_are_escaped(tmp_path):
     run = tmp_path / "<b>run&"
     write(run / "metrics.jsonl", [metric(1), metric(2)])
@@ -508,6 +533,19 @@ def test_hostile_completions_stay_text(visit):
     assert tab.locator("#tree script, #tree img, #tree style, #tree a:not([href^='#tree/'])").count() == 0
     choose(tab, **{"held-out": "1"})
     assert "<img src=x" in tab.inner_text("#answers") and tab.locator("#answers img").count() == 0
+
+
+def test_a_page_opens_with_figures_that_are_not_finite(browser, not_finite):
+    tab, problems = browser.new_page(), []
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(not_finite.as_uri())
+    assert "score not finite, plan reward not finite" in tab.inner_text("#tree .card")
+    assert "advantage not finite" in tab.inner_text("#tree details >> nth=0")
+    choose(tab, shade="surprise")
+    tab.click("#tree summary >> nth=0")
+    titles = tab.locator("#tree .text span").evaluate_all("all => all.map(span => span.title)")
+    tab.close()
+    assert titles[:2] == ["0.50", "not finite"] and not problems  # the first token, <plan>, is not shown
 
 
 def test_before_and_after_show_the_same_question(visit):

@@ -446,9 +446,10 @@ def test_hostile_text_is_refused_without_a_worker(answer, stats):
 
 @pytest.mark.parametrize("answer", STOPPED.values(), ids=STOPPED)
 def test_hostile_mathematics_is_stopped_and_counted(answer, stats):
+    assert answers_equal("x+1", "1+x")  # starts the workers
     start = time.monotonic()
-    assert grade([r"\sqrt{2}", r"\sqrt{2}"], [answer, r"2^{1/2}"]) == [False, True]
-    assert time.monotonic() - start < 20
+    assert grade([r"\sqrt{2}", r"\sqrt{2}"], [answer, r"2^{1/2}"], budget=300) == [False, True]
+    assert time.monotonic() - start < 100  # it would take for ever; a loaded machine gets here late
     seen = stats()
     assert seen["timeouts"] + seen["worker_deaths"] + seen["errors"] == 1 and seen["peak_mb"] < 1024
 
@@ -472,9 +473,10 @@ def test_nothing_is_evaluated():
 
 def test_batch_budget(stats):
     answers = [f"({10**9 + i})!" for i in range(40)]
+    assert answers_equal("x+1", "1+x")  # starts the workers
     start = time.monotonic()
     assert not any(grade([r"\sqrt{2}"] * 40, answers, budget=1.0))
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 39  # of 40 s of CPU time without a budget
     seen = stats()
     assert seen["over_budget"] > 0 and seen["over_budget"] + seen["timeouts"] == 40
     assert grade(["x+1"], ["1+x"]) == [True]  # what was cut off does not answer the next request
@@ -516,6 +518,14 @@ def _processes():
     return [(int(pid), int(group)) for pid, group, state in rows if not state.startswith("Z")]
 
 
+def soon(condition) -> bool:
+    """Whether the condition comes true within half a minute."""
+    stop = time.monotonic() + 30
+    while not condition() and time.monotonic() < stop:
+        time.sleep(0.05)
+    return bool(condition())
+
+
 def _group(worker):
     """Process ids of a worker's keeper and fork."""
     return [pid for pid, group in _processes() if group == worker.process.pid]
@@ -526,26 +536,29 @@ def test_an_idle_worker_that_is_killed_is_replaced(victim, stats):
     assert answers_equal("x+1", "1+x")
     for worker in grader.pool.workers:
         keeper, fork = sorted(_group(worker), key=lambda pid: pid != worker.process.pid)
-        for pid in {"fork": [fork], "keeper": [keeper], "both": [keeper, fork]}[victim]:
+        killed = {"fork": [fork], "keeper": [keeper], "both": [keeper, fork]}[victim]
+        for pid in killed:
             os.kill(pid, signal.SIGKILL)
-    time.sleep(0.2)
+        assert soon(lambda: not {pid for pid, _ in _processes()} & set(killed))
     grader.pool.verdicts.clear()
-    assert grade([f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)]) == [True] * 20
+    # New workers import math-verify within the budget, which takes long on a loaded machine.
+    assert grade([f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)], budget=300) == [True] * 20
 
 
 def test_a_worker_killed_at_work_costs_only_its_answer(stats):
     assert answers_equal("x+1", "1+x")  # starts the workers
 
+    workers, jobs = len(grader.pool.workers), grader.pool.jobs
+
     def kill_busy_forks():
-        time.sleep(0.4)
+        soon(lambda: grader.pool.jobs >= jobs + workers)
         for worker in list(grader.pool.workers):
             for pid in _group(worker):
                 os.kill(pid, signal.SIGKILL)
     killer = threading.Thread(target=kill_busy_forks)
     killer.start()
-    workers = len(grader.pool.workers)
     slow = [f"({10**9 + i})!" for i in range(workers)]
-    verdicts = grade([r"\sqrt{2}"] * workers + ["x+1"], slow + ["x+2-1"])
+    verdicts = grade([r"\sqrt{2}"] * workers + ["x+1"], slow + ["x+2-1"], budget=300)
     killer.join()
     assert verdicts == [False] * workers + [True]
     assert stats()["worker_deaths"] >= 1
@@ -576,9 +589,8 @@ def _script(body, **env):
 
 
 def _left_behind(pids):
-    time.sleep(0.2)
-    groups = {group for _, group in _processes()}
-    return [pid for pid in pids if int(pid) in groups]
+    """Whether a worker of these is still there after half a minute."""
+    return not soon(lambda: not {group for _, group in _processes()} & set(map(int, pids)))
 
 
 def test_works_with_stdin_closed_and_signals_blocked_and_leaves_no_process():
@@ -607,9 +619,6 @@ def test_workers_end_with_a_caller_that_is_killed_while_they_are_busy():
     """)
     assert run.returncode == -signal.SIGKILL
     pids = run.stdout.split()
-    deadline = time.monotonic() + 15
-    while _left_behind(pids) and time.monotonic() < deadline:
-        pass
     assert pids and not _left_behind(pids)
 
 

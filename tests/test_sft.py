@@ -8,7 +8,7 @@ import torch
 import sft
 from conftest import make_tiny
 from data.toy import make_model, make_problems, make_tokenizer, plan_of
-from model_utils import encode_prompt, shard_model
+from model_utils import encode_prompt, shard_model, warmup_within
 from sft import count_tokens, encode_record, sft_loss
 
 RECORD = {"problem": "A = 4 ; A ?", "answer": "4", "plan": "A needs nothing", "think": "A = 4"}
@@ -80,3 +80,15 @@ def test_it_learns_and_a_resumed_run_equals_an_undisturbed_one(start, monkeypatc
 def test_too_little_data_is_refused(start, monkeypatch):
     with pytest.raises(SystemExit, match="72 training records are fewer than --batch_size 500"):
         run(monkeypatch, start, "out", "--batch_size", 500)
+
+
+def test_a_short_run_reaches_its_learning_rate(start, monkeypatch, capsys):
+    rates = [m["lr"] for m in run(monkeypatch, start, "out", "--epochs", 0.5, "--warmup_steps", 20)]
+    assert len(rates) == 3 and max(rates) == 1e-2
+    assert "--warmup_steps 20 is too long for 3 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps, asked, taken", [(3, 20, 0), (20, 20, 2), (21, 20, 20), (375, 20, 20), (1, 0, 0)])
+def test_only_a_warm_up_that_fills_the_run_is_shortened(steps, asked, taken, capsys):
+    assert warmup_within(steps, asked) == taken
+    assert ("too long" in capsys.readouterr().out) == (taken != asked)

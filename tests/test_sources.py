@@ -27,6 +27,10 @@ def test_jsonl_round_trip(tmp_path):
 
 @pytest.mark.parametrize("line, reason", [
     ("{oops", "line 2: not JSON"),
+    ('{"problem": "x", "answer": NaN}', "line 2: not JSON (NaN is no JSON number); mend or remove the line"),
+    ('{"problem": "x", "answer": "1", "difficulty": -Infinity}', "line 2: not JSON (-Infinity is no JSON number)"),
+    ('{"problem": "x", "answer": 1e999}', "line 2: 'answer' is inf"),
+    ('{"problem": "x", "answer": %s}' % ("9" * 5000), "line 2: not JSON"),
     ("[1, 2]", "line 2: want one JSON object a line, found a list"),
     ({"problem": "x"}, "line 2: 'answer' is missing"),
     ({"problem": "x", "answer": ""}, "line 2: 'answer' is empty"),
@@ -39,6 +43,16 @@ def test_a_malformed_record_is_refused_with_file_line_and_reason(tmp_path, line,
     with pytest.raises(SystemExit) as stop:
         load_records(path)
     assert f"{path}, {reason}" in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
+    path = tmp_path / "latin1.jsonl"
+    line = '{"problem": "Où est %s?", "answer": "1"}\n'
+    path.write_bytes((line % "Zürich").encode() + (line % "Genève").encode("latin-1"))
+    with pytest.raises(SystemExit, match=f"{path}, line 2: not UTF-8; convert the file .*iconv -f LATIN1"):
+        load_records(str(path))
+    path.write_bytes((line % "Zürich").encode())
+    assert load_records(str(path))[0]["problem"] == "Où est Zürich?"
 
 
 @pytest.mark.parametrize("name, reason", [("nowhere.jsonl", "no data at 'nowhere.jsonl'"), ("toy:dev", "splits train"),
