@@ -260,7 +260,7 @@ def finished_ids(out: Path, dropped: Path) -> set[str]:
 def refuse_records(config: Config):
     """Refuse an --out with records, unless a flag says what is to become of them (SystemExit)."""
     out = Path(config.out)
-    paths = out, out.with_suffix(".dropped.jsonl"), *parts_of(out)
+    paths = out, out.with_suffix(".dropped.jsonl")
     holds_records = any(path.stat().st_size for path in paths if path.exists())
     if holds_records and not (config.resume or config.overwrite):
         fail(f"{out} already holds records: choose another --out, pass --resume to go on, or "
