@@ -88,8 +88,10 @@ def not_ours(folder: Path) -> list[str]:
         return [path.name for path in present]
 
     def foreign(path: Path) -> bool:
-        if path.is_symlink() or path.is_dir() != (path.name not in FILES):
+        if path.is_dir() != (path.name not in FILES):
             return True
+        if path.is_symlink():  # to a folder: refuse_blocked allows it to a --resume only
+            return path.name in FILES
         if path.name == "model":  # the user's base model may lie beside a checkpoint
             return not (folder / "run.json").exists()
         is_step = path.name not in FILES and not path.suffix
