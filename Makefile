@@ -17,7 +17,9 @@ bench: .venv/ready
 
 # torch goes first and alone: a build that is already to hand is then kept by everything after it.
 .venv/ready: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is older than Python 3.11: name a newer one, as in make demo PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is older than 3.11: name another, as in make demo PYTHON=python3.11" >&2; \
+		exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt

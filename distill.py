@@ -12,7 +12,8 @@ it need not be strong. Three kinds of --teacher:
 A plan is kept if it is not empty, not too long, free of template tags and does not give the answer away. Finished
 records are written at once; with --resume a stopped run goes on where it was and asks for none twice.
 
-Under torchrun every rank holds a local teacher of its own and takes its share of each batch; rank 0 writes them all.
+Under torchrun every rank holds a local teacher of its own and takes its share of each batch;
+rank 0 writes them all.
 
     python distill.py --teacher rule --data runs/demo/data/sft.jsonl --out runs/demo/plans.jsonl
     torchrun --nproc_per_node=8 distill.py --teacher Qwen/Qwen2.5-7B-Instruct
@@ -41,8 +42,8 @@ from checkpoint import guarded
 from data.sources import load_jsonl, load_records
 from data.toy import plan_of
 from grpo import completion_texts, sample
-from model_utils import (everyone, fail, find_stop_ids, gather0, init_distributed, load_config, load_model,
-                         load_tokenizer, parse_config, print0, rank, world_size)
+from model_utils import (everyone, fail, find_stop_ids, gather0, init_distributed, load_config,
+                         load_model, load_tokenizer, parse_config, print0, rank, world_size)
 from rewards import TAG, plan_leaks
 from run_folder import hold, make_folder
 
@@ -59,7 +60,7 @@ class Config:
     temperature: float = 0.6  # of the teacher
     concurrency: int = 32  # requests in flight, or rows of a local teacher's batch, per rank (>= 1)
     retries: int = 6  # of a request that met 429, 5xx or a time-out, with growing pauses
-    timeout: float = 300.0  # seconds per request, from its first byte to the last of its answer (> 0)
+    timeout: float = 300.0  # seconds per request, its whole answer included (> 0)
     seed: int = 0  # choice of the subset, sampling (< 4e9)
     overwrite: bool = False  # replace the records in --out
     resume: bool = False  # go on after the records in --out
@@ -78,10 +79,10 @@ Solution:
 {solution}"""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Teachers: each yields (record, its text, the reason why there is none) as records finish
 
-UNANSWERED = "unanswered"  # begins the reason of a record that stays unfinished: --resume asks again
+UNANSWERED = "unanswered"  # how the reason of a record begins that is left for --resume
 MAX_REPLY = 10_000_000  # bytes
 Answers = Iterator[tuple[dict, str | None, str | None]]
 
@@ -95,7 +96,7 @@ def ask_rule(records: list[dict], config: Config) -> Answers:
 
 
 def ask_local(records: list[dict], config: Config) -> Answers:
-    """Batches through grpo.py's sampling loop. Every rank answers its share of each batch; rank 0 yields them all."""
+    """Batches through grpo.py's sampling loop; ranks answer a share each, rank 0 yields all."""
     tokenizer = load_tokenizer(config.teacher)
     device = init_distributed()
     model = load_model(config.teacher, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -114,7 +115,8 @@ def ask_local(records: list[dict], config: Config) -> Answers:
         if prompts:
             ids, _ = sample(model, prompts, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                             stop_ids=stop_ids, seed=config.seed + start + rank())
-            answers += [(record, text, None) for record, text in zip(asked, completion_texts(tokenizer, ids, stop_ids))]
+            texts = completion_texts(tokenizer, ids, stop_ids)
+            answers += [(record, text, None) for record, text in zip(asked, texts)]
         yield from gather0(answers)
 
 
@@ -148,7 +150,10 @@ def ask_with_retries(post, record: dict, config: Config) -> tuple[str | None, st
 
 
 def ask_once(post, record: dict, config: Config) -> tuple[str | None, str | None, float]:
-    """(text, None, 0), or (None, reason, seconds to wait). Raises SystemExit where no request can succeed."""
+    """(text, None, 0), or (None, reason, seconds to wait).
+
+    Raises SystemExit where no request can succeed.
+    """
     try:
         # A time limit of httpx's own is per read: a server that drips would never meet it.
         status, headers, body = asyncio.run(asyncio.wait_for(post(record), config.timeout))
@@ -164,9 +169,10 @@ def ask_once(post, record: dict, config: Config) -> tuple[str | None, str | None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return None, f"{UNANSWERED} (a reply without choices)", 0
         if isinstance(content, list):
-            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            texts = [part.get("text") for part in content
+                     if isinstance(part, dict) and part.get("type") == "text"]
             content = "".join(text for text in texts if isinstance(text, str))
-        if isinstance(content, str | None):  # none where the teacher's thinking met --max_new_tokens
+        if isinstance(content, str | None):  # None: its thinking met --max_new_tokens
             return content or "", None, 0
         return None, f"content of type {type(content).__name__}, not text", 0
     words = servers_words(body)
@@ -176,13 +182,15 @@ def ask_once(post, record: dict, config: Config) -> tuple[str | None, str | None
         after = headers.get("Retry-After", "")
         wait = min(float(after), 60.0) if re.fullmatch(r"\d{1,9}(\.\d+)?", after, re.ASCII) else 0
         return None, f"{UNANSWERED} (HTTP {status}: {words})", wait
-    fail(f"{config.teacher} answers {status}: check the base URL, --teacher_model and DISTILL_API_KEY (its credit too), "
-         f"then go on with --resume; the server says: {words}")
+    fail(f"{config.teacher} answers {status}: check the base URL, --teacher_model and "
+         f"DISTILL_API_KEY (its credit too), then go on with --resume; the server says: {words}")
 
 
 def make_post(config: Config):
-    """An async function: record -> (status, headers, body) of the server's answer. Redirects are not followed: the key
-    must not go elsewhere."""
+    """An async function: record -> (status, headers, body) of the server's answer.
+
+    Redirects are not followed: the key must not go elsewhere.
+    """
     try:
         url = httpx.URL(config.teacher)
         url = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
@@ -213,7 +221,7 @@ def make_post(config: Config):
 
 
 def servers_words(body: bytes) -> str:
-    """What a server says of a failure: its message, or all of its answer, as one short line that can be printed."""
+    """What a server says of a failure, its message or all of its answer, as one short line."""
     text = body.decode(errors="replace")
     try:
         found = json.loads(text)
@@ -226,7 +234,7 @@ def servers_words(body: bytes) -> str:
     return text if len(text) <= 300 else text[:300] + " …"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Records
 
 def rejection(plan: str, answer: str, max_words: int) -> str | None:
@@ -306,7 +314,8 @@ def main():
         usable = []
         for record in todo:
             if TAG.search(record["solution"]):
-                yield record, None, "template tags in the CoT"  # the target could not be parsed again
+                # Its target could not be parsed again.
+                yield record, None, "template tags in the CoT"
             else:
                 usable.append(record)
         yield from ask(usable, config)
@@ -326,12 +335,14 @@ def main():
                 reason = reason or rejection(plan, record["answer"], config.max_plan_words)
                 if reason is None:
                     kept += 1
-                    fields = {name: record[name] for name in ("id", "problem", "answer")}
-                    kept_file.write(json.dumps({**fields, "plan": plan, "think": record["solution"]}) + "\n")
+                    line = {name: record[name] for name in ("id", "problem", "answer")}
+                    line.update(plan=plan, think=record["solution"])
+                    kept_file.write(json.dumps(line) + "\n")
                     kept_file.flush()
                 else:
                     reasons[reason] += 1
-                    dropped_file.write(json.dumps({"id": record["id"], "reason": reason, "plan": plan}) + "\n")
+                    line = {"id": record["id"], "reason": reason, "plan": plan}
+                    dropped_file.write(json.dumps(line) + "\n")
                     dropped_file.flush()
                 bar.update()
         finally:  # Ctrl-C and a server that refuses everything included
@@ -349,8 +360,8 @@ def main():
     if left:
         fail(f"{left} records are unanswered: run again with --resume")
     if not out.stat().st_size:
-        fail(f"no plan was kept: {dropped} holds what the teacher wrote; choose another --teacher or raise the limits, "
-             "and pass --overwrite")
+        fail(f"no plan was kept: {dropped} holds what the teacher wrote; choose another --teacher "
+             "or raise the limits, and pass --overwrite")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Config:
     cuda_graphs: bool = True  # on a GPU, decode by replaying captured steps
     # the optimiser
     lr: float = 1e-6  # peak learning rate
-    warmup_steps: int = 0  # linear warm-up; a tenth of --steps where that is no more than this
+    warmup_steps: int = 0  # linear warm-up; a tenth of the steps in a run that it would fill
     schedule: str = "constant"  # constant, linear or cosine
     weight_decay: float = 0.01  # AdamW, matrices only
     max_grad_norm: float = 1.0  # gradient-norm clip; inf: none (> 0)

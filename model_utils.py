@@ -713,10 +713,10 @@ def lr_at(step: int, steps: int, lr: float, warmup_steps: int, schedule: str) ->
 
 
 def warmup_within(steps: int, warmup_steps: int) -> int:
-    """`warmup_steps`, or a tenth of the steps, and a line that says so, where the run would end in its warm-up."""
+    """`warmup_steps`; a tenth of the steps, and a line about it, where it would fill the run."""
     if warmup_steps < steps:
         return warmup_steps
-    print0(f"--warmup_steps {warmup_steps} is too long for {steps} steps, which would never reach --lr: "
+    print0(f"--warmup_steps {warmup_steps} is too long for {steps} steps: "
            f"the warm-up takes {steps // 10}")
     return steps // 10
 

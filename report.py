@@ -1,7 +1,7 @@
 """One HTML page of a run or several: figures with intervals, curves, plan trees, the same question before and after.
 
     python report.py runs/demo --out report.html             every run and evaluation in the folder
-    python report.py runs/demo/pta runs/demo/grpo --watch 30 two runs side by side, rebuilt while they go on
+    python report.py runs/demo/pta runs/demo/grpo --watch 30  two runs, rebuilt while they go on
     python report.py runs/demo --pictures docs               also docs/curves.svg and docs/tree.png
 
 A RUN is a folder with metrics.jsonl (sft.py, grpo.py), with records.jsonl (eval.py), or a folder of such folders;
@@ -379,7 +379,7 @@ def curves_html(runs: list[Run], groups: dict[str, dict[str, str]], prefix: str)
 # The page
 
 def finite(data):
-    """The data with null for NaN and Infinity: a browser refuses the whole of a JSON text that holds one of them."""
+    """The data with null for NaN and Infinity: browsers refuse a whole text for one of them."""
     if isinstance(data, dict):
         return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list):

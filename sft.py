@@ -35,7 +35,7 @@ class Config:
     batch_size: int = 64  # sequences an optimiser step, over all ranks (>= 1)
     use_plan: bool = True  # false: leave the plan block out of the targets
     weight_decay: float = 0.01  # AdamW, matrices only
-    warmup_steps: int = 20  # linear warm-up; a tenth of the steps where the run has no more than this
+    warmup_steps: int = 20  # linear warm-up; a tenth of the steps in a run that it would fill
     schedule: str = "cosine"  # after the warm-up: constant, linear or cosine
     max_grad_norm: float = 1.0  # gradient-norm clip; inf: none (> 0)
     val_size: int = 200  # records held out for the validation loss (at most a tenth of the data)

@@ -151,7 +151,8 @@ def inject(name: str):
 
     faults = {"raise": (grpo, "make_groups", raise_), "drop": (grpo, "grade", unlucky_and_slow),
               "nan": (grpo, "policy_loss", nan), "oom": (grpo, "policy_loss", out_of_memory),
-              "full": (safetensors.torch, "save_file", disk_full), "slow": (safetensors.torch, "save_file", slow_save)}
+              "full": (safetensors.torch, "save_file", disk_full),
+              "slow": (safetensors.torch, "save_file", slow_save)}
     patch(*faults[name])
     guarded(grpo.main)
 

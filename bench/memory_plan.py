@@ -1,6 +1,7 @@
 """memory.py's plan for a GPU of a given size: will a step fit, and how many rows may a rollout have?
 
-    python -m bench.memory_plan                the paper's main model on 8 GPUs of 80 GiB; --model, --gpus, --gib for others
+    python -m bench.memory_plan                the paper's main model on 8 GPUs of 80 GiB
+    python -m bench.memory_plan --model Qwen/Qwen3-8B --gpus 4 --gib 141
     python -m bench.memory_plan --table        the table of recipes/memory.md
     python -m bench.memory_plan --measure      the plan against measured updates of tiny models
 """
@@ -120,7 +121,7 @@ def table(gpus: int, gib: float) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "recipes/shapes/qwen2.5_7b"),
-                        help="Hugging Face folder or hub id; its config.json is enough [recipes/shapes/qwen2.5_7b]")
+                        help="folder or hub id; its config.json is enough [the paper's main model]")
     parser.add_argument("--gpus", type=int, default=8, help="ranks that the weights are cut over [8]")
     parser.add_argument("--gib", type=float, default=80, help="memory of a GPU in GiB [80]")
     parser.add_argument("--rollout_rows", type=int, default=192)
@@ -146,7 +147,8 @@ def main():
                      completion_tokens=args.max_completion_tokens, micro_tokens=args.tokens_per_micro_batch,
                      reference=args.kl_coef > 0, checkpointing=args.activation_checkpointing, cpu_offload=args.cpu_offload)
         row, count = parts.pop("row"), parts.pop("parameters")
-        print(f"{Path(args.model).name}: {count / 1e9:.2f} B parameters; GiB on each of {args.gpus} GPUs:")
+        print(f"{Path(args.model).name}: {count / 1e9:.2f} B parameters; "
+              f"GiB on each of {args.gpus} GPUs:")
         for name, size in parts.items():
             print(f"  {name:22} {size / GIB:8.2f}")
         room = 0.9 * args.gib * GIB - (parts["rollout"] - args.rollout_rows * row)

@@ -377,9 +377,9 @@ def load_jsonl(path: Path) -> list[dict]:
                 line.encode()  # fails on the stand-ins for bytes that are not UTF-8
                 record = json.loads(line, parse_constant=not_a_number)
             except UnicodeEncodeError:
-                raise SystemExit(f"error: {path}, line {number}: not UTF-8; convert the file first, such as with "
-                                 f"`iconv -f LATIN1 -t UTF-8`") from None
-            except (ValueError, RecursionError) as error:  # ValueError: an integer of over 4,300 digits, too
+                raise SystemExit(f"error: {path}, line {number}: not UTF-8; convert the file "
+                                 "first, such as with `iconv -f LATIN1 -t UTF-8`") from None
+            except (ValueError, RecursionError) as error:  # also an integer of over 4,300 digits
                 raise SystemExit(f"error: {path}, line {number}: not JSON ({error}); mend or remove the line") from None
             if not isinstance(record, dict):
                 raise SystemExit(f"error: {path}, line {number}: want one JSON object a line, "
@@ -416,7 +416,7 @@ def load_records(name: str, fields: tuple[str, ...] = ("problem", "answer"), lim
         record["id"] = str(record.get("id", f"{Path(name).stem}-{index}"))
         for field in fields:
             value = record.get(field)
-            if (isinstance(value, (int, float)) and field == "answer" and not isinstance(value, bool)
+            if (field == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool)
                     and abs(value) != float("inf")):  # 1e999 is read as inf
                 value = record[field] = str(value)  # "answer": 7 is clear enough
             if not isinstance(value, str) or not value.strip():

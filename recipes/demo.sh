@@ -2,7 +2,7 @@
 # The whole method on the embedded task, on a CPU: toy data -> distil -> SFT -> GRPO and PTA-GRPO -> evaluation.
 # GRPO and PTA-GRPO start from the same checkpoint and sample equally many completions. `make demo` runs this.
 set -euo pipefail
-[ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN=FOLDER and STEPS=100 (of RL) before it" >&2; exit 1; }
+[ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN or STEPS before it" >&2; exit 1; }
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE  # threads that wait should not spin: there are as many of them as cores
 RUN=${RUN:-runs/demo}

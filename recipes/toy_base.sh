@@ -3,7 +3,7 @@
 # solutions without plans, from short problems to long ones (look-ups form on short ones first). About half an hour on
 # two cores. The same scripts as for any model do it: distil, then sft.py --use_plan false.
 set -euo pipefail
-[ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN=FOLDER before it" >&2; exit 1; }
+[ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN before it" >&2; exit 1; }
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 RUN=${RUN:-runs/toy_base}

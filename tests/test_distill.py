@@ -87,7 +87,8 @@ def test_ctrl_c_ends_with_the_code_of_a_stopped_run(problems, tmp_path, monkeypa
         yield records[0], "add them", None
         raise KeyboardInterrupt
     monkeypatch.setattr(distill, "ask_rule", interrupted)
-    stop = stopped(monkeypatch, "--teacher", "rule", "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+    stop = stopped(monkeypatch, "--teacher", "rule", "--data", problems[0],
+                   "--out", tmp_path / "plans.jsonl")
     assert stop == STOPPED
     assert "1 plans kept, 0 dropped, 11 left to ask" in capsys.readouterr().out
 
@@ -101,7 +102,8 @@ def test_ctrl_c_is_heard_by_a_teacher_in_this_process(problems, tmp_path, monkey
             signal.raise_signal(signal.SIGINT)
         return "add them"
     monkeypatch.setattr(distill, "plan_of", plan_of)
-    stop = stopped(monkeypatch, "--teacher", "rule", "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+    stop = stopped(monkeypatch, "--teacher", "rule", "--data", problems[0],
+                   "--out", tmp_path / "plans.jsonl")
     assert stop == STOPPED and len(read) == 3
 
 
@@ -163,8 +165,11 @@ def test_two_ranks_share_the_records_and_go_on_where_another_number_stopped(prob
 # A server
 
 class Teacher(BaseHTTPRequestHandler):
-    """Speaks the OpenAI protocol. `script` holds, in order, what to answer with: a status code, a pair of one and a
-    body, or a function of the request handler that answers as it likes; then 200 for ever."""
+    """Speaks the OpenAI protocol.
+
+    `script` holds, in order, what to answer with: a status code, a pair of one and a body, or a
+    function of the request handler that answers as it likes; then 200 for ever.
+    """
     script, keys, asked, headers_sent = [], [], [], {}
 
     def do_POST(self):
@@ -194,7 +199,8 @@ class Teacher(BaseHTTPRequestHandler):
 def reply(content="<think>\nhm\n</think>\nList what is needed, then compute it."):
     return json.dumps({
         "id": "x", "object": "chat.completion", "created": 0, "model": "m",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+        "choices": [{"index": 0, "finish_reason": "stop",
+                     "message": {"role": "assistant", "content": content}}],
         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
 
 
@@ -255,7 +261,8 @@ def test_what_concerns_the_account_or_the_address_ends_the_run_with_the_servers_
     assert f"answers {status}" in said and "no credit [2J left xxx" in said and "--resume" in said
     assert "check the base URL, --teacher_model and DISTILL_API_KEY" in said
     assert len(said) < 900 and said.isprintable()
-    assert len(read(out)) == 2 and not (tmp_path / "plans.dropped.jsonl").read_text()  # none is written off
+    assert len(read(out)) == 2
+    assert not (tmp_path / "plans.dropped.jsonl").read_text()  # none is written off
     Teacher.script = []
     run(monkeypatch, *flags, "--resume")
     assert len(read(out)) == 12
@@ -271,17 +278,21 @@ def test_a_request_that_the_server_will_not_take_is_dropped_with_its_words(
     assert len(read(tmp_path / "plans.jsonl")) == 11
 
 
-def test_content_in_parts_is_joined_and_other_content_is_dropped(problems, tmp_path, monkeypatch, server):
-    parts = [{"type": "text", "text": "List them, "}, {"type": "image_url"}, {"type": "text", "text": "add them."}]
-    Teacher.script = [(200, reply(parts)), (200, reply({"plan": "x"})), (200, reply(7)), (200, reply(None)),
-                      (200, reply(["x", {"type": "text", "text": 3}]))]
-    run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl", "--concurrency", 1)
+def test_content_in_parts_is_joined_and_other_content_is_dropped(
+        problems, tmp_path, monkeypatch, server):
+    parts = [{"type": "text", "text": "List them, "}, {"type": "image_url"},
+             {"type": "text", "text": "add them."}]
+    Teacher.script = [(200, reply(content)) for content in (
+        parts, {"plan": "x"}, 7, None, ["x", {"type": "text", "text": 3}])]
+    run(monkeypatch, "--teacher", server, "--data", problems[0],
+        "--out", tmp_path / "plans.jsonl", "--concurrency", 1)
     assert read(tmp_path / "plans.jsonl")[0]["plan"] == "List them, add them."
     assert [record["reason"] for record in read(tmp_path / "plans.dropped.jsonl")] == [
         "content of type dict, not text", "content of type int, not text", "empty", "empty"]
 
 
-@pytest.mark.parametrize("body", [b"not JSON", b"[1]", b'{"choices": []}', b'{"choices": 3}', b"\xff" * 9, b"[" * 99999])
+@pytest.mark.parametrize("body", [
+    b"not JSON", b"[1]", b'{"choices": []}', b'{"choices": 3}', b"\xff" * 9, b"[" * 99999])
 def test_a_reply_without_choices_is_asked_for_again(problems, tmp_path, monkeypatch, server, body):
     Teacher.script = [(200, body)]
     run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl")
@@ -304,8 +315,8 @@ def test_a_server_that_drips_meets_the_time_limit(problems, tmp_path, monkeypatc
     run_in_time.start()
     try:
         with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl",
-                "--timeout", 5, "--retries", 0, "--concurrency", 2)
+            run(monkeypatch, "--teacher", server, "--data", problems[0],
+                "--out", tmp_path / "plans.jsonl", "--timeout", 5, "--retries", 0, "--concurrency", 2)
     finally:
         in_time = not gone.is_set()
         gone.set()
@@ -325,7 +336,8 @@ def test_a_reply_of_many_megabytes_is_cut_off(problems, tmp_path, monkeypatch, s
             sent.append(handler.wfile.write(b"x" * 65536))
     Teacher.script = [flood]
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl", "--retries", 0)
+        run(monkeypatch, "--teacher", server, "--data", problems[0],
+            "--out", tmp_path / "plans.jsonl", "--retries", 0)
     assert "1 unanswered (a reply of more than 5000 bytes)" in capsys.readouterr().out
     assert len(sent) < 1000
 
@@ -333,7 +345,8 @@ def test_a_reply_of_many_megabytes_is_cut_off(problems, tmp_path, monkeypatch, s
 def test_retry_after_is_honoured_up_to_a_minute(problems, tmp_path, monkeypatch, server):
     for header, least, most in (("7", 7, 7.01), ("3600", 60, 60), ("soon", 0.5, 1.5)):
         Teacher.script, Teacher.headers_sent, Teacher.pauses = [429], {"Retry-After": header}, []
-        run(monkeypatch, "--teacher", server, "--data", problems[0], "--out", tmp_path / "plans.jsonl", "--overwrite")
+        run(monkeypatch, "--teacher", server, "--data", problems[0],
+            "--out", tmp_path / "plans.jsonl", "--overwrite")
         assert len(Teacher.pauses) == 1 and least <= Teacher.pauses[0] <= most
 
 
@@ -341,11 +354,13 @@ def test_ctrl_c_leaves_at_once_with_what_is_finished(problems, tmp_path, server)
     """Requests that are still going on keep nobody waiting."""
     gone, out = threading.Event(), tmp_path / "plans.jsonl"
     Teacher.script = [200, 200] + [lambda handler: gone.wait(100)] * 99
-    process = subprocess.Popen([sys.executable, str(ROOT / "distill.py"), "--teacher", server, "--data", str(problems[0]),
-                                "--out", str(out), "--concurrency", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    command = [sys.executable, ROOT / "distill.py", "--teacher", server, "--data", problems[0],
+               "--out", out, "--concurrency", 2]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     try:
-        while process.poll() is None and not (out.exists() and len(read(out)) == 2 and len(Teacher.asked) == 4):
+        while process.poll() is None and not (
+                out.exists() and len(read(out)) == 2 and len(Teacher.asked) == 4):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[0]
@@ -358,7 +373,8 @@ def test_ctrl_c_leaves_at_once_with_what_is_finished(problems, tmp_path, server)
 
 def test_an_address_without_a_host_is_refused(problems, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="is no address"):
-        run(monkeypatch, "--teacher", "http://", "--data", problems[0], "--out", tmp_path / "plans.jsonl")
+        run(monkeypatch, "--teacher", "http://", "--data", problems[0],
+            "--out", tmp_path / "plans.jsonl")
 
 
 def test_the_default_teacher_needs_a_gpu():

@@ -270,7 +270,8 @@ def not_finite(tmp_path_factory):
 def test_embedded_json_is_strict(not_finite):
     def refuse(name):
         raise ValueError(name)
-    data = json.loads(re.search(r'id="data">(.*?)</script>', not_finite.read_text())[1], parse_constant=refuse)
+    embedded = re.search(r'id="data">(.*?)</script>', not_finite.read_text())[1]
+    data = json.loads(embedded, parse_constant=refuse)
     bad = data["trees"][0]["plans"][0]
     assert bad["score"] is None and bad["completions"][0]["reward"]["total"] is None
     assert bad["completions"][0]["per_token"]["surprise"][:3] == [None, 50, None]
@@ -545,7 +546,7 @@ def test_a_page_opens_with_figures_that_are_not_finite(browser, not_finite):
     tab.click("#tree summary >> nth=0")
     titles = tab.locator("#tree .text span").evaluate_all("all => all.map(span => span.title)")
     tab.close()
-    assert titles[:2] == ["0.50", "not finite"] and not problems  # the first token, <plan>, is not shown
+    assert titles[:2] == ["0.50", "not finite"] and not problems  # <plan>, the first, is not shown
 
 
 def test_before_and_after_show_the_same_question(visit):

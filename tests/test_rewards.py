@@ -542,7 +542,8 @@ def test_an_idle_worker_that_is_killed_is_replaced(victim, stats):
         assert soon(lambda: not {pid for pid, _ in _processes()} & set(killed))
     grader.pool.verdicts.clear()
     # New workers import math-verify within the budget, which takes long on a loaded machine.
-    assert grade([f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)], budget=300) == [True] * 20
+    golds, answers = [f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)]
+    assert grade(golds, answers, budget=300) == [True] * 20
 
 
 def test_a_worker_killed_at_work_costs_only_its_answer(stats):

@@ -88,7 +88,8 @@ def test_a_short_run_reaches_its_learning_rate(start, monkeypatch, capsys):
     assert "--warmup_steps 20 is too long for 3 steps" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("steps, asked, taken", [(3, 20, 0), (20, 20, 2), (21, 20, 20), (375, 20, 20), (1, 0, 0)])
+@pytest.mark.parametrize("steps, asked, taken", [
+    (3, 20, 0), (20, 20, 2), (21, 20, 20), (375, 20, 20), (1, 0, 0)])
 def test_only_a_warm_up_that_fills_the_run_is_shortened(steps, asked, taken, capsys):
     assert warmup_within(steps, asked) == taken
     assert ("too long" in capsys.readouterr().out) == (taken != asked)

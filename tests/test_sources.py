@@ -27,8 +27,8 @@ def test_jsonl_round_trip(tmp_path):
 
 @pytest.mark.parametrize("line, reason", [
     ("{oops", "line 2: not JSON"),
-    ('{"problem": "x", "answer": NaN}', "line 2: not JSON (NaN is no JSON number); mend or remove the line"),
-    ('{"problem": "x", "answer": "1", "difficulty": -Infinity}', "line 2: not JSON (-Infinity is no JSON number)"),
+    ('{"problem": "x", "answer": NaN}', "line 2: not JSON (NaN is no JSON number); mend or remove"),
+    ('{"problem": "x", "answer": "1", "d": -Infinity}', "line 2: not JSON (-Infinity is no JSON number)"),
     ('{"problem": "x", "answer": 1e999}', "line 2: 'answer' is inf"),
     ('{"problem": "x", "answer": %s}' % ("9" * 5000), "line 2: not JSON"),
     ("[1, 2]", "line 2: want one JSON object a line, found a list"),
@@ -49,7 +49,7 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "latin1.jsonl"
     line = '{"problem": "Où est %s?", "answer": "1"}\n'
     path.write_bytes((line % "Zürich").encode() + (line % "Genève").encode("latin-1"))
-    with pytest.raises(SystemExit, match=f"{path}, line 2: not UTF-8; convert the file .*iconv -f LATIN1"):
+    with pytest.raises(SystemExit, match=f"{path}, line 2: not UTF-8; convert .*iconv -f LATIN1"):
         load_records(str(path))
     path.write_bytes((line % "Zürich").encode())
     assert load_records(str(path))[0]["problem"] == "Où est Zürich?"
