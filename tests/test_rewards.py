@@ -293,6 +293,15 @@ DIFFERENCES = {
     "a choice may keep its closing bracket": [("B", "B)")],
     "the case of words does not matter, a \\text{} around them neither": [
         ("yes", "YES"), ("even", "Even"), ("True", "true"), (r"\text{June 5}", "June 5")],
+    "words are not products of letters, which commute": [
+        ("left", "felt"), ("no", "on"), ("left", "x=felt"), ("a cat", "a act"),
+        ("June 5", "enuJ 5"), ("5 lions", "5 loins"), ("red, blue", "blue, red"), ("ab", "ba")],
+    "a plain list of numbers has an order, however the answer is dressed": [
+        ("1,2", "2,1"), ("2,3,5,7", "7,5,3,2"), ("1,2,3", "3,2,1"), ("1,2,3", r"\{3,2,1\}"),
+        ("1,2,3", "x=3,x=2,x=1"), ("1,2,3", r"3,2,\sqrt{1}"), ("1,2,2", "1,2"),
+        (r"1,-\sqrt{2}", r"-\sqrt{2},1"), ("100, 200", "200, 100")],
+    "a comma with a space separates, one without a space before three digits may group": [
+        ("100, 200", "100,200"), ("1,000, 2,000", "1000, 2000")],
 }
 
 
@@ -344,7 +353,7 @@ def test_an_unreadable_gold_makes_nothing_right(stats):
 @pytest.mark.parametrize("gold, reason", [
     ("7", None), ("025", None), (r"\frac{1}{2}", None), ("x^2+1", None), ("(1,2]", None),
     (r"\text{Tuesday}", None), ("None of the above", None), ("$5$", None), (r"\boxed{5}", None),
-    (r"\infty", None),
+    (r"\infty", None), ("admirable, library, mere, pure", None),
     ("", "empty"), ("  ", "empty"), (None, "string"), (7, "string"), ("7\u202e", "invisible"),
     ("x" * 3000, "longer"), ("9" * 201, "digits"), ("(" * 26 + ")" * 26, "deep"), (r"\frac{1}{", "neither"),
     ("x=", "neither"), ("5)", "neither"),
