@@ -258,7 +258,9 @@ def test_extract_answer(text, answer):
 
 
 @pytest.mark.parametrize("text", ["<plan>" * 170_000, "\\boxed{" * 150_000, "{" * 10**6, "<answer>" * 130_000,
-                                  "\\boxed" + " " * 10**6, GOOD * 20_000, "\\boxed{" + "{}" * 500_000])
+                                  "\\boxed" + " " * 10**6, GOOD * 20_000, "\\boxed{" + "{}" * 500_000,
+                                  " " * 10**6, "-" + "\t" * 10**6, "step" + " " * 10**6, "a" * 10**6,
+                                  "," * 10**6, "-" * 10**6, "1" * 10**6, "1," * 50_000])
 def test_a_megabyte_is_read_in_linear_time(text):
     start = time.process_time()
     for function in (parse_completion, extract_answer, rewards._plain, check_gold):
