@@ -210,9 +210,11 @@ def answers_equal(gold: str, answer: str | None) -> bool:
 def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SECONDS) -> list[bool]:
     """Whether each answer equals its gold (Eq. 3); None, for no answer found, is wrong.
 
-    Bounded: what takes over grader.CPU_SECONDS, kills its worker, or is not reached within the budget (seconds, for
-    each started BATCH_SIZE pairs) is wrong, and counted in grader_stats(). Works from any thread. Raises
-    ValueError if the lists differ in length, RuntimeError if no worker can be started.
+    Bounded: what takes over grader.CPU_SECONDS, kills each worker that it meets, or is not reached
+    within the budget (seconds, for each started BATCH_SIZE pairs) because of slow ones is wrong,
+    and counted in grader_stats(). Works from any thread. Raises ValueError if the lists differ in
+    length, RuntimeError if no worker can be started or kept alive, or a busy machine leaves answers
+    out in three budgets.
     """
     if len(golds) != len(answers):
         raise ValueError(f"expected one answer for each gold, got {len(golds)} golds, {len(answers)} answers")
@@ -270,7 +272,8 @@ def grader_stats(reset: bool = False) -> dict[str, float]:
 
     graded: pairs seen. Wrong without a look: no_answer, refused, bad_golds (see _refusal). judged: distinct
     pairs new to math-verify, which found them right, wrong, unparsed (could not read the answer) or raised
-    (errors; their kinds as error_<kind>). Wrong by force: timeouts, worker_deaths, over_budget. slow: times a
+    (errors; their kinds as error_<kind>). Wrong by force: timeouts, over_budget. worker_deaths:
+    each time a worker died; its answer was tried again, twice at most, and then wrong. slow: times a
     deadline was hit, first look included. peak_mb: the largest memory of a worker.
     """
     names = ("graded no_answer refused bad_golds judged right wrong unparsed errors timeouts worker_deaths "
