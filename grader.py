@@ -23,6 +23,7 @@ from multiprocessing.connection import wait
 CPU_SECONDS = 1.0  # deadline of one answer; CPU time, so that a busy machine does not change a verdict
 FIRST_LOOK = 0.3  # its CPU seconds in the first round: slow answers wait until the quick ones are graded
 WALL_SECONDS = 20.0  # after which a silent worker is replaced; only a stopped or starved one gets there
+RETRIES = 2  # of an answer that lost its worker, or was not reached on a busy machine
 START_SECONDS = 120.0  # for a worker to import math-verify
 MEMORY = 768 << 20  # address space of a worker in bytes
 CACHE_SIZE = 20_000  # verdicts that are remembered, here and in rewards.py
@@ -95,28 +96,61 @@ class Pool:
         if not todo:
             return verdicts
         self.stats["judged"] += len(todo)
-        self.start_workers()
-        stop, known = time.monotonic() + budget, {}
-        for cpu_seconds in (FIRST_LOOK, CPU_SECONDS):
-            todo = self.round(todo, cpu_seconds, stop, known)
-        self.stats["timeouts"] += len(todo)
-        known.update(dict.fromkeys(todo, False))  # remembered too: models repeat their favourite bad answers
+        known: dict = {}
+        died, missed, overdue = self.attempt(todo, budget, known)
+        if missed and not overdue:
+            raise RuntimeError(
+                f"grading failed: {len(missed)} of {len(todo)} answers were not reached in "
+                f"{1 + RETRIES} times {budget:.0f} s; free the machine's cores, stop what kills its "
+                "workers, and resume the run")
+        # An answer may kill each worker that it meets; not where plain pairs lose theirs too.
+        if died and any(self.attempt(WARM_UP[:len(died)], WALL_SECONDS, {})):
+            raise RuntimeError(
+                f"grading failed: {len(died)} of {len(todo)} answers lost {1 + RETRIES} workers each, "
+                "and so did plain ones; free memory, stop what kills the workers, and resume the run")
+        self.stats["over_budget"] += len(missed) + len(overdue)
         self.verdicts.update(known)
         for pair in list(self.verdicts)[:-CACHE_SIZE]:  # oldest first
             del self.verdicts[pair]
         return {**verdicts, **known}
 
-    def round(self, pairs: list, cpu_seconds: float, stop: float, known: dict) -> list:
-        """Grades pairs into known until time stop; returns those that hit the CPU deadline."""
-        queue, in_flight, slow = deque(pairs), {}, []
+    def attempt(self, pairs: list, budget: float, known: dict) -> tuple[list, list, list]:
+        """Grades pairs into known, for budget seconds. Returns those that lost their worker each
+        time, those that a busy machine never reached, those for which slow answers left no time.
+
+        The first two kinds are tried again, RETRIES times, each with a budget of its own.
+        """
+        overdue: list = []
+        for left in reversed(range(1 + RETRIES)):
+            self.start_workers()
+            stop, at_hand = time.monotonic() + budget, len(self.workers)  # a round drops the late ones
+            slow, died, missed = self.round(pairs, FIRST_LOOK, stop, known)
+            late, died_late, missed_late = self.round(slow, CPU_SECONDS, stop, known)
+            self.stats["timeouts"] += len(late)
+            known.update(dict.fromkeys(late, False))  # remembered: models repeat their bad answers
+            overdue += missed_late
+            died += died_late
+            if FIRST_LOOK * len(slow) > 0.5 * budget * at_hand:  # not the machine's fault
+                overdue, missed = overdue + missed, []
+            pairs = died + missed
+            if not pairs or not left:
+                return died, missed, overdue
+
+    def round(self, pairs: list, cpu_seconds: float, stop: float, known: dict) -> tuple:
+        """Grades pairs into known until time stop. Returns those that hit the CPU deadline, those
+        whose worker died, and those that were not reached.
+        """
+        queue, in_flight, slow, died = deque(pairs), {}, [], []
         try:
             while (queue or in_flight) and time.monotonic() < stop:
                 for worker in [worker for worker in self.workers if worker not in in_flight][:len(queue)]:
                     self.jobs += 1
-                    if worker.send([self.jobs, cpu_seconds, *queue[0]]):
-                        in_flight[worker] = self.jobs, queue.popleft()
-                    else:  # it died idle, which is not this answer's fault
+                    pair = queue.popleft()
+                    if worker.send([self.jobs, cpu_seconds, *pair]):
+                        in_flight[worker] = self.jobs, pair
+                    else:  # it died idle
                         self.stats["worker_deaths"] += 1
+                        died.append(pair)
                         self.replace(worker)
                 wake = min([stop, *(worker.deadline for worker in in_flight)]) if in_flight else 0.0
                 readable = wait(list(in_flight), max(0.0, wake - time.monotonic()))
@@ -132,19 +166,27 @@ class Pool:
                             del in_flight[worker]
                             if outcome == "slow":
                                 slow.append(pair)
-                            elif outcome != "worker_deaths":  # wrong now, but it may have been an accident
+                            elif outcome == "worker_deaths":
+                                died.append(pair)
+                            else:
                                 known[pair] = outcome == "right"
         finally:  # out of time, or interrupted: a late reply must not meet the next request
             self.drop(*in_flight)
-        self.stats["over_budget"] += len(queue) + len(in_flight)
-        return slow
+        return slow, died, [*queue, *(pair for _, pair in in_flight.values())]
 
     def start_workers(self) -> None:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun: the ranks of a machine share its cores
         wanted = max(1, min(4, (os.cpu_count() or 1) // ranks))
         started = [Worker() for _ in range(wanted - len(self.workers))]  # side by side
         for worker in started:
-            worker.await_ready()
+            for left in reversed(range(1 + RETRIES)):
+                try:
+                    worker.await_ready()
+                    break
+                except RuntimeError:
+                    if not left or worker.process.returncode >= 0:  # not killed: all would fail
+                        raise
+                    worker = Worker()
             self.workers.append(worker)
 
     def replace(self, worker: Worker) -> None:

@@ -189,6 +189,8 @@ def _check_shapes(**tensors: Tensor) -> None:
 #   1 1/2 = 3/2            mixed numbers without \frac; but 5 6 /= 11, where math-verify adds up
 #   1\,234 = 1234          a thin space separates thousands
 #   1.00000001 /= 1.0      two decimals are compared exactly, math-verify rounds both to 6 places
+#   felt /= left           words are words (ab too); math-verify reads products of letters
+#   2,1 /= 1,2             a plain list of numbers has an order; golds \{1,2\}, x=1,x=2 have none
 #   what is the same in _plain spelling is equal, even if it cannot be parsed (June 5 = \text{June 5})
 #   a sentence is not searched for a number in it: "The answer is 5" without a box is wrong
 #   a text over 2,000 characters, with invisible characters, ... is wrong without a look (_refusal)
@@ -208,9 +210,11 @@ def answers_equal(gold: str, answer: str | None) -> bool:
 def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SECONDS) -> list[bool]:
     """Whether each answer equals its gold (Eq. 3); None, for no answer found, is wrong.
 
-    Bounded: what takes over grader.CPU_SECONDS, kills its worker, or is not reached within the budget (seconds, for
-    each started BATCH_SIZE pairs) is wrong, and counted in grader_stats(). Works from any thread. Raises
-    ValueError if the lists differ in length, RuntimeError if no worker can be started.
+    Bounded: what takes over grader.CPU_SECONDS, kills each worker that it meets, or is not reached
+    within the budget (seconds, for each started BATCH_SIZE pairs) because of slow ones is wrong,
+    and counted in grader_stats(). Works from any thread. Raises ValueError if the lists differ in
+    length, RuntimeError if no worker can be started or kept alive, or a busy machine leaves answers
+    out in three budgets.
     """
     if len(golds) != len(answers):
         raise ValueError(f"expected one answer for each gold, got {len(golds)} golds, {len(answers)} answers")
@@ -224,7 +228,7 @@ def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SEC
             elif answer is None or _refusal(answer):
                 grader.pool.stats["no_answer" if answer is None else "refused"] += 1
             else:
-                pair = _clean(gold), _clean(answer)
+                pair = _as_tuples(_clean(gold), _clean(answer))
                 quick = _quick_verdict(*pair)
                 if quick is None:
                     undecided.setdefault(pair, []).append(i)
@@ -268,7 +272,8 @@ def grader_stats(reset: bool = False) -> dict[str, float]:
 
     graded: pairs seen. Wrong without a look: no_answer, refused, bad_golds (see _refusal). judged: distinct
     pairs new to math-verify, which found them right, wrong, unparsed (could not read the answer) or raised
-    (errors; their kinds as error_<kind>). Wrong by force: timeouts, worker_deaths, over_budget. slow: times a
+    (errors; their kinds as error_<kind>). Wrong by force: timeouts, over_budget. worker_deaths:
+    each time a worker died; its answer was tried again, twice at most, and then wrong. slow: times a
     deadline was hit, first look included. peak_mb: the largest memory of a worker.
     """
     names = ("graded no_answer refused bad_golds judged right wrong unparsed errors timeouts worker_deaths "
@@ -389,7 +394,8 @@ def _same_number(gold: _Number, answer: _Number) -> bool:
 
 
 LETTER = re.compile(r"\(?([A-Za-z])\)?")
-WORDS = re.compile(r"[A-Za-z]{2,}(?:[ '-][A-Za-z]+)*")
+WORDS = re.compile(r"(?:[AaI] (?!(?:and|or)\b))?[A-Za-z]{2,}(?:(?:[ '-]|[,;] ?)[A-Za-z0-9]+)*")
+QUANTITY = re.compile(r"-?\d[\d.,/]*(?: [A-Za-z]+)+")  # 5 lions
 ASSIGNMENT = re.compile(r"[A-Za-z]=")
 SEQUENCE = re.compile(r"([(\[]|\\\{)([^()\[\]{}]*,[^()\[\]{}]*)([)\]]|\\\})")
 GAP = re.compile(r"\d \d(?!\d*/\d)")  # two numbers side by side, and not a mixed one
@@ -410,21 +416,58 @@ def _quick_verdict(gold: str, answer: str) -> bool | None:
     numbers = _number(gold), _number(answer)
     if numbers[0] and numbers[1]:
         return _same_number(*numbers)
+    if WORDS.fullmatch(gold):
+        answer = ASSIGNMENT.sub("", answer, count=1)
+        if WORDS.fullmatch(answer):
+            return _words(gold) == _words(answer)
+    if WORDS.fullmatch(gold) or QUANTITY.fullmatch(gold):
+        # math-verify may drop a unit and join what is spaced, but it must not shuffle the letters.
+        ours, theirs = _letters(gold), _letters(answer)
+        if ours != theirs and (WORDS.fullmatch(gold) or sorted(ours) == sorted(theirs)):
+            return False
     if letters:
         return None
     choices = LETTER.fullmatch(gold), LETTER.fullmatch(answer)
     if choices[0] and choices[1]:  # (B), B, \text{b}
         return choices[0][1].lower() == choices[1][1].lower()
-    if WORDS.fullmatch(gold) and WORDS.fullmatch(answer):
-        if gold.lower() == answer.lower():
-            return True
-        # "abc" may stand for a product, then "bca" is the same: only other letters make it certain. Longer
-        # text may hold a unit ("two men"), which math-verify leaves out.
-        return None if " " in gold + answer or sorted(gold.lower()) == sorted(answer.lower()) else False
     sequences = SEQUENCE.fullmatch(gold), SEQUENCE.fullmatch(answer)
     if sequences[0] and sequences[1]:
         return _same_sequence(*sequences)
     return None
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"[a-z0-9]+", text.lower()) if word != "and"]
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"\\(?:cdot|times)|[^A-Za-z]", "", text).lower()
+
+
+CONSTANT = r"(?:[\d.+*/^{}!%° -]|\\(?:frac|sqrt|pi|infty)(?![a-zA-Z]))+"
+NUMBERS = re.compile(rf"{CONSTANT}(?:[,;]{CONSTANT})+")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+BRACES = re.compile(r"(?:[A-Za-z](?:=|\\in ?))?\\\{(.*)\\\}")
+JOINT = re.compile(r"[,;]? ?\b(?:and|or)\b ?|;")
+NAME = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?:_\{?\d+\}?)?=")
+
+
+@lru_cache(grader.CACHE_SIZE)
+def _as_tuples(gold: str, answer: str) -> tuple[str, str]:
+    r"""A gold that is a plain list of numbers, and its answer, as tuples: in those order counts. Other
+    pairs as they are. Braces, names and "or" in an answer do not lift the order: the gold's form decides.
+    """
+    listed = _listed(gold)
+    one_number = ", " not in gold and _number(listed)  # 1,234
+    if one_number or not NUMBERS.fullmatch(listed):
+        return gold, answer
+    answer = NAME.sub("", JOINT.sub(",", BRACES.sub(r"\1", _listed(answer), count=1)))
+    return f"({listed.replace(';', ',')})", answer if answer[:1] in ("(", "[") else f"({answer})"
+
+
+def _listed(text: str) -> str:
+    """In _plain spelling, which drops the space that tells "1, 234" from "1,234"."""
+    return _plain(THOUSANDS.sub("", text) if ", " in text else text)
 
 
 def _same_sequence(gold: re.Match, answer: re.Match) -> bool | None:
@@ -444,7 +487,9 @@ def _same_sequence(gold: re.Match, answer: re.Match) -> bool | None:
 
 # ----------------------------------------------------------------------------- does the plan hold the answer?
 
-MARKERS = re.compile(r"^[ \t]*[-*•]?[ \t]*\(?\d{1,3}[.):](?!\d)|"  # "1." "(2)" "- 3)" at the head of a line
+# "1." "(2)" "- 3)" at the head of a line. A second run of blanks stands only after a bullet: two side
+# by side would take quadratic time.
+MARKERS = re.compile(r"^[ \t]*(?:[-*•][ \t]*)?\(?\d{1,3}[.):](?!\d)|"
                      r"\b(?:step|phase|stage|part|case|method|equation)s?[ \t]*\(?\d{1,3}\b(?!\.\d)",
                      re.IGNORECASE | re.MULTILINE)
 STATES = re.compile(r"(?:=|→|≈|\\to|\\boxed ?\{|\b(?:is|are|be|equals?|gives?|yields?|obtains?|answer|result|"

@@ -1,14 +1,17 @@
 """rewards.py and grader.py against numbers worked out by hand, a table of answers, and what a model might do to it."""
+import contextlib
 import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -258,7 +261,9 @@ def test_extract_answer(text, answer):
 
 
 @pytest.mark.parametrize("text", ["<plan>" * 170_000, "\\boxed{" * 150_000, "{" * 10**6, "<answer>" * 130_000,
-                                  "\\boxed" + " " * 10**6, GOOD * 20_000, "\\boxed{" + "{}" * 500_000])
+                                  "\\boxed" + " " * 10**6, GOOD * 20_000, "\\boxed{" + "{}" * 500_000,
+                                  " " * 10**6, "-" + "\t" * 10**6, "step" + " " * 10**6, "a" * 10**6,
+                                  "," * 10**6, "-" * 10**6, "1" * 10**6, "1," * 50_000])
 def test_a_megabyte_is_read_in_linear_time(text):
     start = time.process_time()
     for function in (parse_completion, extract_answer, rewards._plain, check_gold):
@@ -293,6 +298,15 @@ DIFFERENCES = {
     "a choice may keep its closing bracket": [("B", "B)")],
     "the case of words does not matter, a \\text{} around them neither": [
         ("yes", "YES"), ("even", "Even"), ("True", "true"), (r"\text{June 5}", "June 5")],
+    "words are not products of letters, which commute": [
+        ("left", "felt"), ("no", "on"), ("left", "x=felt"), ("a cat", "a act"),
+        ("June 5", "enuJ 5"), ("5 lions", "5 loins"), ("red, blue", "blue, red"), ("ab", "ba")],
+    "a plain list of numbers has an order, however the answer is dressed": [
+        ("1,2", "2,1"), ("2,3,5,7", "7,5,3,2"), ("1,2,3", "3,2,1"), ("1,2,3", r"\{3,2,1\}"),
+        ("1,2,3", "x=3,x=2,x=1"), ("1,2,3", r"3,2,\sqrt{1}"), ("1,2,2", "1,2"),
+        (r"1,-\sqrt{2}", r"-\sqrt{2},1"), ("100, 200", "200, 100")],
+    "a comma with a space separates, one without a space before three digits may group": [
+        ("100, 200", "100,200"), ("1,000, 2,000", "1000, 2000")],
 }
 
 
@@ -344,7 +358,7 @@ def test_an_unreadable_gold_makes_nothing_right(stats):
 @pytest.mark.parametrize("gold, reason", [
     ("7", None), ("025", None), (r"\frac{1}{2}", None), ("x^2+1", None), ("(1,2]", None),
     (r"\text{Tuesday}", None), ("None of the above", None), ("$5$", None), (r"\boxed{5}", None),
-    (r"\infty", None),
+    (r"\infty", None), ("admirable, library, mere, pure", None),
     ("", "empty"), ("  ", "empty"), (None, "string"), (7, "string"), ("7\u202e", "invisible"),
     ("x" * 3000, "longer"), ("9" * 201, "digits"), ("(" * 26 + ")" * 26, "deep"), (r"\frac{1}{", "neither"),
     ("x=", "neither"), ("5)", "neither"),
@@ -476,7 +490,7 @@ def test_batch_budget(stats):
     assert answers_equal("x+1", "1+x")  # starts the workers
     start = time.monotonic()
     assert not any(grade([r"\sqrt{2}"] * 40, answers, budget=1.0))
-    assert time.monotonic() - start < 39  # of 40 s of CPU time without a budget
+    assert time.monotonic() - start < 40  # a busy machine gets the budget three times, and new workers
     seen = stats()
     assert seen["over_budget"] > 0 and seen["over_budget"] + seen["timeouts"] == 40
     assert grade(["x+1"], ["1+x"]) == [True]  # what was cut off does not answer the next request
@@ -564,6 +578,113 @@ def test_a_worker_killed_at_work_costs_only_its_answer(stats):
     assert verdicts == [False] * workers + [True]
     assert stats()["worker_deaths"] >= 1
     assert answers_equal("x+2", "2+x") and len(grader.pool.workers) == workers
+
+
+def _on_send(monkeypatch, act):
+    """Calls act(worker, answer) when an answer is on its way to a worker."""
+    real = grader.Worker.send
+
+    def send(worker, request):
+        act(worker, request[3])
+        return real(worker, request)
+    monkeypatch.setattr(grader.Worker, "send", send)
+
+
+def _kill(worker):
+    os.killpg(worker.process.pid, signal.SIGKILL)
+
+
+def test_an_answer_whose_workers_are_killed_is_tried_again(stats, monkeypatch):
+    met = Counter()
+
+    def kill_twice(worker, answer):
+        met[answer] += 1
+        if met[answer] <= 2:
+            _kill(worker)
+    _on_send(monkeypatch, kill_twice)
+    assert grade(["x+3", "x+4"], ["3+x", "x+5"]) == [True, False]
+    assert set(met.values()) == {3} and stats()["worker_deaths"] == 4
+
+
+def test_an_answer_that_kills_each_worker_is_wrong_and_costs_no_other_one(stats, monkeypatch):
+    _on_send(monkeypatch, lambda worker, answer: answer == "3+x" and _kill(worker))
+    assert grade([f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)]) == [
+        i != 3 for i in range(20)]
+    assert stats()["worker_deaths"] == 3
+
+
+class DyingWorker:
+    """Starts, takes an answer and dies."""
+    deadline = float("inf")
+
+    def __init__(self):
+        self.end, other = os.pipe()
+        os.close(other)
+
+    def fileno(self):
+        return self.end
+
+    def send(self, request):
+        return True
+
+    def receive(self):
+        return None
+
+    def close(self):
+        os.close(self.end)
+
+    def await_ready(self):
+        pass
+
+    def stop(self):
+        pass
+
+
+def test_workers_that_die_whatever_they_do_end_the_grading_with_an_error(stats, monkeypatch):
+    grader.pool.drop(*grader.pool.workers)
+    monkeypatch.setattr(grader, "Worker", DyingWorker)
+    with pytest.raises(RuntimeError, match="failed: 20 of 20 answers lost 3 workers each"):
+        grade([f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)])
+    grader.pool.drop(*grader.pool.workers)
+    monkeypatch.undo()
+    assert grade(["x+3"], ["3+x"]) == [True]  # nothing is remembered of it
+
+
+def test_workers_that_are_killed_all_the_time_make_no_right_answer_wrong(stats):
+    assert answers_equal("x+1", "1+x")
+    done = threading.Event()
+
+    def kill_all():
+        while not done.wait(0.02):
+            for worker in list(grader.pool.workers):
+                with contextlib.suppress(ProcessLookupError):
+                    _kill(worker)
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        golds, answers = [f"x+{i}" for i in range(20)], [f"{i}+x" for i in range(20)]
+        assert grade(golds, answers, budget=2.0) == [True] * 20
+    except RuntimeError as error:
+        assert re.search("grading failed|could not start", str(error))
+    finally:
+        done.set()
+        killer.join()
+
+
+def test_answers_that_a_busy_machine_does_not_reach_are_tried_again(stats, monkeypatch):
+    """A stopped worker is as good as one that gets no time."""
+    stopped = set()
+
+    def stop_once(worker, answer):
+        if answer not in stopped:
+            os.killpg(worker.process.pid, signal.SIGSTOP)
+            stopped.add(answer)
+    _on_send(monkeypatch, stop_once)
+    assert grade(["x+3"], ["3+x"], budget=1.0) == [True]
+    assert stats()["over_budget"] == 0
+    _on_send(monkeypatch, lambda worker, answer: os.killpg(worker.process.pid, signal.SIGSTOP))
+    with pytest.raises(RuntimeError, match="1 of 1 answers were not reached in 3 times 1 s; free"):
+        grade(["x+4"], ["4+x"], budget=1.0)
 
 
 def test_grading_from_many_threads():
