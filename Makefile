@@ -7,18 +7,19 @@ demo: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
 test: .venv/ready
+	$(BIN)/ruff check --quiet --config tests/ruff.toml .
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 bench: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	$(BIN)/python -m bench.speed
-	$(BIN)/python -m bench.rewards
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.grading
+	$(BIN)/python -m bench.page
 
-# torch goes first and alone: a build that is already to hand is then kept by everything after it.
+# torch is installed first and by itself. The later installs then keep the build that it chose.
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "error: $(PYTHON) is older than 3.11: name another, as in make demo PYTHON=python3.11" >&2; \
+		echo "error: $(PYTHON) is missing or older than 3.11; name another, as in make demo PYTHON=python3.12" >&2; \
 		exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"

@@ -1,12 +1,15 @@
-"""Rollout and update, ours against the usual ones, side by side in one run: medians and ratios.
+"""Rollout and update against the usual implementations: medians and ratios of alternating rounds.
 
     python -m bench.speed                          all rows, on the toy model
     python -m bench.speed rollout share            some rows
-    python -m bench.speed --model 1.5b             on a GPU: Qwen2.5-1.5B's shape, random bf16 weights, limits to 2,048
+    python -m bench.speed --model 1.5b             on a GPU: Qwen2.5-1.5B's shape, random bf16
+                                                   weights, limits to 2,048 tokens
 
-Every row alternates its two sides, `--rounds` times after one round of warm-up, on the same model, prompts and lengths.
-Lengths are set by limits, drawn once from a log-normal distribution, so that random weights do as well as trained ones.
+Every row alternates its two sides, `--rounds` times after one round of warm-up, on the same model,
+prompts and lengths. Limits set the lengths. They are drawn once from a log-normal distribution, so
+random weights do as well as trained ones.
 """
+
 import argparse
 import functools
 import logging
@@ -20,45 +23,57 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
+from unittest import mock
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteria
 
 import grpo
-from attention import pack
-from bench.data import peak_mb
+from bench.common import peak_mb
 from data.toy import make_problems
 from model_utils import encode_prompt, load_tokenizer, make_optimizer, shard_model
-from rewards import extract_answer, grade
+from plumbing.answers import grade
+from plumbing.attention import micro_batches, pack
+from plumbing.ranks import require
+from rewards import extract_answer
 
-QUESTIONS, GROUP = 16, 12
+QUESTIONS, PLANS, COTS = 16, 4, 3
+GROUP = PLANS * COTS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# --------------------------------------------------------------------------------------------------
+# Tools
 
 
 def load(name: str):
     """(model under transformers' own attention, a twin under ours): same weights."""
-    pair = []
-    for _ in range(2):
-        if name == "toy":
-            model = AutoModelForCausalLM.from_pretrained(
-                "data/toy_base", dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
-        else:  # Qwen2.5-1.5B
-            torch.manual_seed(0)
-            config = AutoConfig.for_model("qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                                          num_attention_heads=12, num_key_value_heads=2, vocab_size=151936,
-                                          max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=None)
-            with DEVICE:
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-        pair.append(model.to(DEVICE).eval())
-    theirs, ours = pair
-    theirs.generation_config.eos_token_id = None  # generate would take it from here, and rows would end before their limits
+    theirs, ours = (make_model(name).to(DEVICE).eval() for _ in range(2))
+    # generate would take it from here, and rows would end before their limits.
+    theirs.generation_config.eos_token_id = None
     return theirs, shard_model(ours)
+
+
+def make_model(name: str):
+    options = dict(attn_implementation="sdpa", trust_remote_code=False)
+    if name == "toy":
+        path = "data/toy_base"
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+        num_attention_heads=12, num_key_value_heads=2, vocab_size=151936,
+        max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=None,
+    )
+    with DEVICE:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **options)
 
 
 def draw_limits(rows: int, median: float, most: int, least: int = 8) -> list[int]:
     rng = random.Random(0)
-    return [min(most, max(least, round(rng.lognormvariate(math.log(median), 0.7)))) for _ in range(rows)]
+    drawn = [round(rng.lognormvariate(math.log(median), 0.7)) for _ in range(rows)]
+    return [min(most, max(least, limit)) for limit in drawn]
 
 
 def alternate(sides: dict, rounds: int) -> dict[str, float]:
@@ -82,7 +97,10 @@ def show(row: str, ratio: float, bar: str, detail: str):
 
 
 class Limits(StoppingCriteria):
-    """Ends each row at its own limit, as far as model.generate lets a row end: it stays in the batch as padding."""
+    """Ends each row at its own limit, as far as model.generate lets a row end.
+
+    The row stays in the batch, as padding.
+    """
 
     def __init__(self, prompt: int, limits: list[int]):
         self.ends = torch.tensor([prompt + limit for limit in limits], device=DEVICE)
@@ -91,7 +109,135 @@ class Limits(StoppingCriteria):
         return ids.shape[1] >= self.ends
 
 
+# --------------------------------------------------------------------------------------------------
+# Our side
+
+
+def sample_trees(model, prompts: list[list[int]], limits: list[int], plan: int) -> list:
+    """PLANS plans of `plan` tokens per prompt, and COTS completions of each, up to their `limits`.
+
+    Returns the rollouts in the order of the limits, prompt-major and plan-major.
+    """
+    parts = [limits[i:i + COTS] for i in range(0, len(limits), COTS)]
+    starts = [prompt for prompt in prompts for _ in range(PLANS)]
+    roots = [grpo.Rollout(start, part, is_plan=True) for start, part in zip(starts, parts)]
+    grpo.decode(
+        model, roots, temperature=1.0, top_p=1.0, stop_ids=[], seed=0,
+        plan_closed=lambda ids: len(ids) == plan, max_plan_tokens=plan + 1,
+    )
+    rollouts = [cot for root in roots for cot in root.cots]
+    assert [len(r.ids) for r in rollouts] == limits, "both sides must sample the same lengths"
+    return rollouts
+
+
+def unshared_micro_batches(rollouts: list, config: grpo.Config) -> list:
+    """grpo.make_micro_batches, but every row has its own copy of what rows have in common."""
+    plain = dict(
+        pack=functools.partial(pack, share=False),
+        micro_batches=functools.partial(micro_batches, share=False),
+    )
+    with mock.patch.multiple(grpo, **plain):
+        return grpo.make_micro_batches(rollouts, config, DEVICE)
+
+
+class OurStep:
+    """A step of GRPO: completions to their own ends, grading, one update. Call it with a seed."""
+
+    def __init__(self, bench: "Bench", limit: int, lr: float):
+        self.model, self.tokenizer = shard_model(load(bench.name)[0]), bench.tokenizer
+        self.optimizer, self.lr = make_optimizer(self.model, lr, 0.0), lr
+        self.config = grpo.Config(
+            plans=GROUP, cots=1, beta=0.0, kl_coef=0.0, max_completion_tokens=limit,
+            max_plan_tokens=0, tokens_per_micro_batch=8192,
+        )
+        self.problems, self.prompts = bench.problems, bench.prompts
+        self.lengths: list[float] = []  # mean tokens of a completion, per step
+
+    def __call__(self, seed: int):
+        config, stop_ids = self.config, [self.tokenizer.eos_token_id]
+        options = dict(plan_closed=None, stop_ids=stop_ids, seed=seed)
+        trees = grpo.sample_tree(self.model, self.prompts, config, **options)
+        groups = [grpo.Group(problem, tree) for problem, tree in zip(self.problems, trees)]
+        grpo.grade_groups(self.tokenizer, groups, stop_ids)
+        rewards = grpo.group_rewards(groups, config)
+        advantages = grpo.group_advantages(rewards["total"].flatten(1))
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
+            rollout.advantage = advantage
+        micros = grpo.make_micro_batches(rollouts, config, DEVICE)
+        grpo.update(self.model, self.optimizer, micros, config, self.lr)
+        self.lengths.append(rewards["lengths"].float().mean().item())
+
+
+# --------------------------------------------------------------------------------------------------
+# TRL's side
+
+
+def train_with_trl(
+    bench: "Bench", limit: int, lr: float, ours: Callable[[int], None]
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Train with TRL's GRPOTrainer, and run `ours` after each of its steps.
+
+    Returns the seconds of each step of "trl" and "ours", and TRL's mean lengths.
+    """
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    seconds, lengths = {"ours": [], "trl": []}, []
+
+    def reward(completions, completion_ids, answer, **columns):
+        lengths.append(statistics.mean(map(len, completion_ids)))
+        answers = [extract_answer(text) for text in completions]
+        return [float(right) for right in grade(answer, answers)]
+
+    class Alternate(TrainerCallback):
+        def on_step_begin(self, *args, **options):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, args, state, control, **options):
+            seconds["trl"].append(time.perf_counter() - self.began)
+            began = time.perf_counter()
+            ours(state.global_step)
+            seconds["ours"].append(time.perf_counter() - began)
+
+    on_cpu = DEVICE.type == "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            folder, per_device_train_batch_size=QUESTIONS * GROUP, num_generations=GROUP, beta=0.0,
+            max_completion_length=limit, max_steps=bench.rounds + 1, learning_rate=lr,
+            temperature=1.0, use_vllm=False, bf16=not on_cpu, use_cpu=on_cpu, report_to="none",
+            logging_steps=1000, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+        )
+        trainer = GRPOTrainer(
+            model=load(bench.name)[0], reward_funcs=reward, train_dataset=trl_data(bench),
+            processing_class=bench.tokenizer, callbacks=[Alternate()], args=settings,
+        )
+        trainer.train()
+    return seconds, lengths
+
+
+def trl_data(bench: "Bench"):
+    """The problems as TRL wants them: prompts under the chat template, and answers."""
+    from datasets import Dataset
+
+    rows = []
+    for problem in bench.problems:
+        turns = [{"role": "user", "content": problem["problem"]}]
+        options = dict(tokenize=False, add_generation_prompt=True)
+        prompt = bench.tokenizer.apply_chat_template(turns, **options)
+        rows.append({"prompt": prompt, "answer": problem["answer"]})
+    return Dataset.from_list(rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# The rows
+
+ROWS = ("step", "rollout", "batch", "tree", "memory", "share", "growth")
+
+
 class Bench:
+    """One model, and a method for each row that prints it."""
+
     def __init__(self, args):
         self.rounds, self.name = args.rounds, args.model
         self.theirs, self.model = load(args.model)
@@ -100,28 +246,39 @@ class Bench:
         self.prompts = [encode_prompt(self.tokenizer, p["problem"]) for p in self.problems]
         median, most = (60, 256) if args.model == "toy" else (400, 2048)
         self.limits = draw_limits(QUESTIONS * GROUP, median, most)
-        # model.generate pads prompts on the left; prompts of one length keep that out of the comparison.
+        # model.generate pads prompts on the left. Prompts of one length keep that out of it.
         longest = max(map(len, self.prompts))
         self.even = [(prompt * 2)[:longest] for prompt in self.prompts]
 
     def ours(self, limits=None, prompts=None, **options):
-        return grpo.sample(self.model, prompts or self.even, n=GROUP, max_new_tokens=limits or self.limits, stop_ids=[], **options)
+        options |= dict(n=GROUP, max_new_tokens=limits or self.limits, stop_ids=[])
+        return grpo.sample(self.model, prompts or self.even, **options)
 
     def generate(self):
         rows = torch.tensor([p for p in self.even for _ in range(GROUP)], device=DEVICE)
+        settings = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, eos_token_id=None,
+            max_new_tokens=max(self.limits),
+        )
         out = self.theirs.generate(
-            input_ids=rows, attention_mask=torch.ones_like(rows), stopping_criteria=[Limits(rows.shape[1], self.limits)],
-            generation_config=GenerationConfig(do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, eos_token_id=None,
-                                               max_new_tokens=max(self.limits)))
-        assert out.shape[1] == rows.shape[1] + max(self.limits), "both sides must sample the same lengths"
+            input_ids=rows, attention_mask=torch.ones_like(rows), generation_config=settings,
+            stopping_criteria=[Limits(rows.shape[1], self.limits)],
+        )
+        longest = rows.shape[1] + max(self.limits)
+        assert out.shape[1] == longest, "both sides must sample the same lengths"
 
     def generate_batch(self):
         from transformers import ContinuousBatchingConfig
-        settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, eos_token_id=-1,
-                                    max_new_tokens=max(self.limits))
+
+        settings = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, pad_token_id=0, eos_token_id=-1,
+            max_new_tokens=max(self.limits),
+        )
         rows = [p for p in self.even for _ in range(GROUP)]
         with self.theirs.continuous_batching_context_manager(
-                generation_config=settings, continuous_batching_config=ContinuousBatchingConfig(), block=True, timeout=5) as manager:
+            generation_config=settings, continuous_batching_config=ContinuousBatchingConfig(),
+            block=True, timeout=5,
+        ) as manager:
             for row, limit in zip(rows, self.limits):
                 manager.add_request(list(row), max_new_tokens=limit)
             done = tokens = 0
@@ -131,134 +288,110 @@ class Bench:
                     done, tokens = done + 1, tokens + len(result.generated_tokens)
         assert tokens == sum(self.limits), "both sides must sample the same lengths"
 
-    # ---- rows -------------------------------------------------------------------------------------------------
+    # ---- Rows ------------------------------------------------------------------------------------
 
     def rollout(self):
-        tokens = sum(self.limits)
         times = alternate({"ours": self.ours, "generate": self.generate}, self.rounds)
-        show("rollout vs model.generate", times["generate"] / times["ours"], ">= 5",
-             f"{tokens / times['ours']:,.0f} vs {tokens / times['generate']:,.0f} tokens/s")
+        rate = {name: sum(self.limits) / seconds for name, seconds in times.items()}
+        ratio = times["generate"] / times["ours"]
+        detail = f"{rate['ours']:,.0f} vs {rate['generate']:,.0f} tokens/s"
+        show("rollout vs model.generate", ratio, ">= 5", detail)
 
     def batch(self):
         logging.disable(logging.WARNING)
-        tokens = sum(self.limits)
         times = alternate({"ours": self.ours, "generate_batch": self.generate_batch}, self.rounds)
         self.theirs.set_attn_implementation("sdpa")
-        show("rollout vs generate_batch", times["generate_batch"] / times["ours"], ">= 15 (GPU 1.0)",
-             f"{tokens / times['ours']:,.0f} vs {tokens / times['generate_batch']:,.0f} tokens/s")
+        rate = {name: sum(self.limits) / seconds for name, seconds in times.items()}
+        ratio = times["generate_batch"] / times["ours"]
+        detail = f"{rate['ours']:,.0f} vs {rate['generate_batch']:,.0f} tokens/s"
+        show("rollout vs generate_batch", ratio, ">= 15 (GPU 1.0)", detail)
 
     def tree(self):
         plan = 20 if self.name == "toy" else 150
         limits = [max(plan + 4, limit) for limit in self.limits]
-        tree = lambda: grpo.sample_tree(self.model, self.even, plans=4, cots=3, max_new_tokens=limits, max_plan_tokens=plan + 1,
-                                        plan_closed=lambda ids: len(ids) == plan, temperature=1.0, stop_ids=[], seed=0)
-        lengths = [len(row.ids) for rows in tree() for row in rows]
-        assert lengths == limits, "both sides must sample the same lengths"
-        times = alternate({"PTA-GRPO": tree, "GRPO": lambda: self.ours(limits)}, self.rounds)
-        show("PTA-GRPO rollout / GRPO rollout (time)", times["PTA-GRPO"] / times["GRPO"], "<= 1.0",
-             f"{times['PTA-GRPO']:.2f} vs {times['GRPO']:.2f} s; plans of {plan} tokens")
+        tree = functools.partial(sample_trees, self.model, self.even, limits, plan)
+        sides = {"PTA-GRPO": tree, "GRPO": functools.partial(self.ours, limits)}
+        times = alternate(sides, self.rounds)
+        ratio = times["PTA-GRPO"] / times["GRPO"]
+        seconds = f"{times['PTA-GRPO']:.2f} vs {times['GRPO']:.2f} s"
+        detail = f"{seconds}; plans of {plan} tokens"
+        show("PTA-GRPO rollout / GRPO rollout (time)", ratio, "<= 1.0", detail)
 
     def growth(self):
-        """All rows at once, as long as they fit in memory; beside it 8 x the rows in waves, as if only 1 x fitted."""
-        rows = QUESTIONS * GROUP
-        sides = {f"{factor} x": functools.partial(self.ours, self.limits * factor, self.even * factor) for factor in (1, 2, 4, 8)}
+        """All rows at once, if they fit in memory, and 8 x the rows in waves, as if 1 x fitted."""
+        rows, sides = QUESTIONS * GROUP, {}
+        for factor in (1, 2, 4, 8):
+            # Copies, because equal prompts that are one list are prefilled once.
+            prompts = [list(prompt) for prompt in self.even * factor]
+            sides[f"{factor} x"] = functools.partial(self.ours, self.limits * factor, prompts)
         sides[f"8 x in waves of {rows}"] = functools.partial(sides["8 x"], max_rows=rows)
         times = alternate(sides, self.rounds)
-        rate = {name: int(name[0]) * sum(self.limits) / seconds for name, seconds in times.items()}
-        show("tokens/s at 8 x the rows / at 1 x", rate["8 x"] / rate["1 x"], ">= 1.0",
-             ", ".join(f"{name} {rate:,.0f}" for name, rate in rate.items()) + " tokens/s")
+        rate = {name: int(name[0]) * sum(self.limits) / s for name, s in times.items()}
+        detail = ", ".join(f"{name} {value:,.0f}" for name, value in rate.items()) + " tokens/s"
+        show("tokens/s at 8 x the rows / at 1 x", rate["8 x"] / rate["1 x"], ">= 1.0", detail)
 
     def share(self):
-        """Rollouts shaped as the demo's: prompts of the toy task, plans of 13 tokens, completions of about 43."""
-        plan, limits = (13, draw_limits(QUESTIONS * GROUP, 42, 80, 30)) if self.name == "toy" else (150, self.limits)
+        """Rollouts shaped as the demo's: toy prompts, plans of 13 tokens, completions of 43."""
+        toy = self.name == "toy"
+        plan, limits = 150, self.limits
+        if toy:
+            plan, limits = 13, draw_limits(QUESTIONS * GROUP, 42, 80, 30)
         limits = [max(plan + 4, limit) for limit in limits]
-        trees = grpo.sample_tree(self.model, self.prompts, plans=4, cots=3, max_new_tokens=limits, max_plan_tokens=plan + 1,
-                                 plan_closed=lambda ids: len(ids) == plan, temperature=1.0, stop_ids=[], seed=0)
-        rows, tokens, sides = [row for tree in trees for row in tree], {}, {}
+        rollouts = sample_trees(self.model, self.prompts, limits, plan)
+        for rollout in rollouts:
+            rollout.advantage = 1.0
         model = shard_model(load(self.name)[0])
         optimizer = make_optimizer(model, 1e-6, 0.0)
-        for name, share in (("shared", True), ("plain", False)):
-            config = grpo.Config(kl_coef=0.0, share_prefix=share, tokens_per_micro_batch=4000 if self.name == "toy" else 16384)
-            micros = grpo.make_micros(rows, self.prompts, [1.0] * len(rows), config, DEVICE)
-            tokens[name] = sum(len(micro.packed.ids) for micro in micros)
-            sides[name] = lambda micros=micros, config=config: grpo.update(model, optimizer, micros, config, 1e-6)
-        times = alternate(sides, self.rounds)
-        show("update, shared beginnings vs plain packed", times["plain"] / times["shared"], ">= 1.3",
-             f"{times['shared']:.3f} vs {times['plain']:.3f} s; {tokens['shared']} vs {tokens['plain']} tokens")
+        config = grpo.Config(kl_coef=0.0, tokens_per_micro_batch=4000 if toy else 16384)
+        micros = {
+            "shared": grpo.make_micro_batches(rollouts, config, DEVICE),
+            "plain": unshared_micro_batches(rollouts, config),
+        }
+        tokens = {name: sum(len(m.packed.ids) for m in part) for name, part in micros.items()}
+        run = lambda part: functools.partial(grpo.update, model, optimizer, part, config, 1e-6)
+        times = alternate({name: run(part) for name, part in micros.items()}, self.rounds)
+        ratio = times["plain"] / times["shared"]
+        seconds = f"{times['shared']:.3f} vs {times['plain']:.3f} s"
+        detail = f"{seconds}; {tokens['shared']} vs {tokens['plain']} tokens"
+        show("update, shared beginnings vs plain packed", ratio, ">= 1.3", detail)
 
     def step(self):
-        """A whole step, GRPO on both sides: 16 questions x 12 completions to their own ends, grading, one update."""
-        from datasets import Dataset
-        from transformers import TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
+        """A whole step of GRPO on both sides: completions to their own ends, grading, update."""
         limit, lr = 128, 1e-6
-        model = shard_model(load(self.name)[0])
-        optimizer = make_optimizer(model, lr, 0.0)
-        stop_ids = [self.tokenizer.eos_token_id]
-        config = grpo.Config(plans=GROUP, cots=1, beta=0.0, kl_coef=0.0, max_completion_tokens=limit, max_plan_tokens=0,
-                             tokens_per_micro_batch=8192)
-        questions = [{**p, "prompt": prompt} for p, prompt in zip(self.problems, self.prompts)]
-        lengths = {"ours": [], "trl": []}
-
-        def ours(seed: int):
-            trees = grpo.sample_tree(model, self.prompts, plans=GROUP, cots=1, max_new_tokens=limit, max_plan_tokens=0,
-                                     plan_closed=None, temperature=1.0, stop_ids=stop_ids, seed=seed)
-            groups = grpo.make_groups(self.tokenizer, questions, trees, stop_ids)
-            rewards = grpo.group_rewards(groups, config)
-            advantages = grpo.group_advantages(rewards["total"].flatten(1))
-            rows = [row for group in groups for row in group.rows]
-            micros = grpo.make_micros(rows, self.prompts, advantages.flatten().tolist(), config, DEVICE)
-            grpo.update(model, optimizer, micros, config, lr)
-            lengths["ours"].append(rewards["lengths"].float().mean().item())
-
-        def reward(completions, completion_ids, answer, **columns):
-            lengths["trl"].append(statistics.mean(map(len, completion_ids)))
-            return [float(right) for right in grade(answer, [extract_answer(text) for text in completions])]
-
-        seconds = {"ours": [], "trl": []}
-
-        class Alternate(TrainerCallback):
-            def on_step_begin(self, *args, **options):
-                self.began = time.perf_counter()
-
-            def on_step_end(self, args, state, control, **options):
-                seconds["trl"].append(time.perf_counter() - self.began)
-                began = time.perf_counter()
-                ours(state.global_step)
-                seconds["ours"].append(time.perf_counter() - began)
-
-        template = self.tokenizer.apply_chat_template
-        data = Dataset.from_list([{"prompt": template([{"role": "user", "content": p["problem"]}], tokenize=False,
-                                                      add_generation_prompt=True), "answer": p["answer"]} for p in self.problems])
-        with tempfile.TemporaryDirectory() as folder:
-            GRPOTrainer(
-                model=load(self.name)[0], reward_funcs=reward, train_dataset=data, processing_class=self.tokenizer,
-                callbacks=[Alternate()],
-                args=GRPOConfig(folder, per_device_train_batch_size=QUESTIONS * GROUP, num_generations=GROUP, beta=0.0,
-                                max_completion_length=limit, max_steps=self.rounds + 1, learning_rate=lr, temperature=1.0,
-                                use_vllm=False, bf16=DEVICE.type == "cuda", use_cpu=DEVICE.type == "cpu", report_to="none",
-                                logging_steps=1000, save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)).train()
-        medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-        show("a whole step vs TRL's GRPOTrainer", medians["trl"] / medians["ours"], ">= 2.5 (GPU 3)",
-             f"{medians['ours']:.2f} vs {medians['trl']:.2f} s; mean length "
-             f"{statistics.mean(lengths['ours']):.1f} vs {statistics.mean(lengths['trl']):.1f}")
+        ours = OurStep(self, limit, lr)
+        seconds, lengths = train_with_trl(self, limit, lr, ours)
+        median = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+        lengths = f"{statistics.mean(ours.lengths):.1f} vs {statistics.mean(lengths):.1f}"
+        detail = f"{median['ours']:.2f} vs {median['trl']:.2f} s; mean length {lengths}"
+        ratio = median["trl"] / median["ours"]
+        show("a whole step vs TRL's GRPOTrainer", ratio, ">= 2.5 (GPU 3)", detail)
 
     def memory(self):
-        """Peak of logprobs and backward over 8,192 tokens at Qwen's vocabulary, once, each form in its own process."""
-        run = lambda form: float(subprocess.run([sys.executable, "-m", "bench.speed", "--memory", form], capture_output=True,
-                                                text=True, check=True).stdout.split()[-1])
-        peaks = {form: run(form) for form in ("ours", "plain")}
-        show("peak extra memory, ours / full logits", peaks["ours"] / peaks["plain"], "<= 0.15",
-             f"{peaks['ours']:,.0f} vs {peaks['plain']:,.0f} MiB")
+        """Peak of logprobs and backward over 8,192 tokens at Qwen's vocabulary, once per form."""
+        peaks = {}
+        for form in ("ours", "plain"):  # each in a process of its own
+            command = [sys.executable, "-m", "bench.speed", "--memory", form]
+            result = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[form] = float(result.stdout.split()[-1])
+        detail = f"{peaks['ours']:,.0f} vs {peaks['plain']:,.0f} MiB"
+        ratio = peaks["ours"] / peaks["plain"]
+        show("peak extra memory, ours / full logits", ratio, "<= 0.15", detail)
 
 
 def measure_memory(form: str):
-    """Print the peak memory (MiB) that one forward and backward adds: one layer of width 896, 8 x 1,024 tokens."""
-    config = AutoConfig.for_model("qwen2", hidden_size=896, intermediate_size=896, num_hidden_layers=1, num_attention_heads=14,
-                                  num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True)
+    """Print the peak memory (MiB) that one forward and backward adds.
+
+    The model has one layer of width 896. The sequences are 8 x 1,024 tokens.
+    """
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=896, intermediate_size=896, num_hidden_layers=1,
+        num_attention_heads=14, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
+    )
     model = shard_model(AutoModelForCausalLM.from_config(config).to(DEVICE))
-    sequences = torch.randint(0, 151936, (8, 1025), generator=torch.Generator().manual_seed(0)).tolist()
-    peak = lambda: torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else peak_mb()
+    generator = torch.Generator().manual_seed(0)
+    sequences = torch.randint(0, 151936, (8, 1025), generator=generator).tolist()
+    on_gpu = DEVICE.type == "cuda"
+    peak = lambda: torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_mb()
     before = peak()
     if form == "ours":
         logprobs, _ = model.token_logprobs(pack(sequences, [1] * 8, DEVICE, share=False))
@@ -269,25 +402,27 @@ def measure_memory(form: str):
     print(peak() - before)
 
 
-ROWS = ("step", "rollout", "batch", "tree", "memory", "share", "growth")
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", help=f"which of {', '.join(ROWS)}; none: all")
     parser.add_argument("--model", default="toy", choices=("toy", "1.5b"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", choices=("ours", "plain"), help="measure one form and print MiB (used by the memory row)")
+    note = "measure one form and print MiB (the memory row does that)"
+    parser.add_argument("--memory", choices=("ours", "plain"), help=note)
     args = parser.parse_args()
     if args.memory:
         return measure_memory(args.memory)
-    if unknown := set(args.rows) - set(ROWS):
-        raise SystemExit(f"error: unknown row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    unknown = ", ".join(sorted(set(args.rows) - set(ROWS)))
+    require(not unknown, f"unknown row {unknown}; there are {', '.join(ROWS)}")
     warnings.filterwarnings("ignore")
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} cores"
-    print(f"{platform.system()} {platform.machine()}, {name}, Python {platform.python_version()}, "
-          + ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl"))
-          + f"; model {args.model}, {QUESTIONS} questions x {GROUP}, {args.rounds} rounds")
+    on_gpu = DEVICE.type == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} cores"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    system = f"{platform.system()} {platform.machine()}, {name}, Python {platform.python_version()}"
+    work = f"model {args.model}, {QUESTIONS} questions x {GROUP}, {args.rounds} rounds"
+    print(f"{system}, {packages}; {work}")
     bench = Bench(args)
     for row in args.rows or ROWS:
         getattr(bench, row)()

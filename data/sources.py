@@ -1,72 +1,74 @@
-r"""Where problems come from: a JSONL path, `toy`, or a data set of the Hugging Face hub, all as the same records.
+r"""Where problems come from: a JSONL path, `toy`, or a data set of the Hugging Face hub.
+
+All of them become the same records:
 
     problem record   {"id", "problem", "answer", "solution" (optional), "difficulty" (optional)}
 
-    name             toy, aime24, gsm8k:test (a split), deepmath=FOLDER (a local copy with the hub's layout), FILE.jsonl
-    prepare once     python -m data.sources deepmath --out runs/data/deepmath.jsonl --limit 60000 --min_difficulty 5 \
-                         --decontaminate math500 aime24 aime25 amc23
+    names            toy, aime24, gsm8k:test (a split), deepmath=FOLDER (a local copy, laid out as
+                     on the hub), FILE.jsonl
+    prepare once     python -m data.sources deepmath --out runs/data/deepmath.jsonl --limit 60000 \
+                         --min_difficulty 5 --decontaminate math500 aime24 aime25 amc23
 
-Rows are read one batch at a time and cleaned on the way; what stays in memory is what is returned. Adding a data set
-is a function from its row to a record (or to the reason why it is left out) and one entry in SOURCES.
+Rows are read in batches and cleaned on the way, so only what is returned stays in memory. To add a
+data set, write a function from its row to a record (or to the reason why it is left out) and add an
+entry to SOURCES.
 """
+
 import argparse
+import functools
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from data import toy
+from plumbing import grader
+from plumbing.answers import check_golds, is_number_list, last_box
+from plumbing.ranks import all_gather, fail, init_distributed, print0, rank, require, world_size
+from plumbing.records import load_jsonl
+from plumbing.weights import check_context, load_config
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cleaning
-
-def last_boxed(text: str) -> str | None:
-    """Content of the last \\boxed{…} of a data set's solution, by matching braces; None when there is none."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start + len("\\boxed{"):i]
-    return None
-
 
 THOUSANDS = re.compile(r"-?\d{1,3}(?:,(?:\\!)?\d{3})+(?:\.\d+)?")  # LaTeX authors write 1,\!007
 DEGREES = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:\^\s*\\circ|\^\{\s*\\circ\s*\}|°)")
 
 
 def clean_gold(answer) -> str:
-    """A gold as the grader wants it: no ####, box, dollars, leading zeros, thousands separators or degree sign.
+    r"""A gold answer as the grader wants it; empty if there is none.
 
-    A list becomes "a, b". Empty where there is nothing.
+    #### and what is before it, boxes, dollar signs, leading zeros, thousands separators and degree
+    signs are removed. A list becomes "a, b". Numbers in a list become \{1, 2\}: in the mathematics
+    sets they are solutions, which any order gives, while for the grader a plain list has an order.
     """
     if isinstance(answer, (list, tuple)):
-        return ", ".join(filter(None, map(clean_gold, answer)))
+        text = ", ".join(filter(None, map(clean_gold, answer)))
+        return f"\\{{{text}\\}}" if is_number_list(text) else text
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     text = str("" if answer is None else answer).rpartition("####")[2]
-    text = (last_boxed(text) or text).replace("$", "").strip()
+    text = (last_box(text) or text).replace("$", "").strip()
     if THOUSANDS.fullmatch(text):
         text = text.replace(",", "").replace("\\!", "")
     if match := DEGREES.fullmatch(text):
         text = match[1]
     if re.fullmatch(r"-?\d+", text):  # AIME writes 025
         text = str(int(text)) if len(text) < 1000 else text
-    return text
+    return f"\\{{{text}\\}}" if is_number_list(text) else text
 
 
 def split_cot(text: str) -> tuple[str, str]:
     """(chain of thought, what follows it), however the data set wraps them.
 
-    OpenThoughts: <|begin_of_thought|> … <|end_of_thought|> <|begin_of_solution|> … <|end_of_solution|>; OpenThoughts3:
-    <think> … </think> …; DeepMath: no opening tag. Without any of these the whole text is the thought.
+    OpenThoughts: <|begin_of_thought|> … <|end_of_thought|> <|begin_of_solution|> …
+    <|end_of_solution|>. OpenThoughts3: <think> … </think> … DeepMath: as OpenThoughts3, without the
+    opening tag. A text without any of these is all thought.
     """
     thought, mark, rest = text.partition("<|end_of_thought|>")
     if mark:
@@ -76,15 +78,20 @@ def split_cot(text: str) -> tuple[str, str]:
     return thought.strip().removeprefix("<think>").strip(), rest.strip()
 
 
-WRAPPERS = [re.compile(pattern, re.DOTALL) for pattern in (
-    r"\s*Solve the following math problem step by step\.[^\n]*\n\n(?P<problem>.*?)\n\nRemember to put your answer on its own line.*",
-    r"\s*Return your final response within \\boxed\{\}\.\s*(?P<problem>.*)",
-    r"(?P<problem>.*?)\s*(?:Please reason step by step, and|Let's think step by step and) (?:put|output) (?:your|the) final answer "
-    r"(?:with)?in \\boxed\{\}\.\s*")]
+WRAPPERS = [
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"\s*Solve the following math problem step by step\.[^\n]*\n\n(?P<problem>.*?)\n\n"
+        r"Remember to put your answer on its own line.*",
+        r"\s*Return your final response within \\boxed\{\}\.\s*(?P<problem>.*)",
+        r"(?P<problem>.*?)\s*(?:Please reason step by step, and|Let's think step by step and) "
+        r"(?:put|output) (?:your|the) final answer (?:with)?in \\boxed\{\}\.\s*",
+    )
+]
 
 
 def unwrap(problem: str) -> str:
-    """A problem without the instruction that its data set wrapped around it: the template gives its own."""
+    """A problem without its data set's instructions. Our template gives its own."""
     for wrapper in WRAPPERS:
         if match := wrapper.fullmatch(problem):
             problem = match["problem"]
@@ -95,41 +102,62 @@ LETTERS = "ABCDEFGHIJKLMNOP"
 
 
 def multiple_choice(question: str, options: list[str], right: int) -> dict:
-    listed = "\n".join(f"({letter}) {option.strip()}" for letter, option in zip(LETTERS, options))
-    return {"problem": f"{question.strip()}\n\n{listed}\n\nAnswer with the letter of the right option.", "answer": LETTERS[right]}
+    parts = [question.strip()]
+    parts.append("\n".join(f"({x}) {option.strip()}" for x, option in zip(LETTERS, options)))
+    parts.append("Answer with the letter of the right option.")
+    return {"problem": "\n\n".join(parts), "answer": LETTERS[right]}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data sets: row -> record without id, or the reason (a string) why the row is left out
 
+
 def gsm8k(row: dict) -> dict:
-    return {"problem": row["question"], "answer": clean_gold(row["answer"]), "solution": row["answer"].rpartition("####")[0].strip()}
+    solution = row["answer"].rpartition("####")[0].strip()
+    return {"problem": row["question"], "answer": clean_gold(row["answer"]), "solution": solution}
 
 
 def deepmath(row: dict) -> dict:
-    return {"problem": row["question"], "answer": clean_gold(row["final_answer"]), "difficulty": row["difficulty"],
-            "solution": split_cot(row.get("r1_solution_1") or "")[0]}
+    return {
+        "problem": row["question"],
+        "answer": clean_gold(row["final_answer"]),
+        "difficulty": row["difficulty"],
+        "solution": split_cot(row.get("r1_solution_1") or "")[0],
+    }
 
 
 def openthoughts(row: dict) -> dict | str:
-    """Rows of the config `metadata`, and the conversations of the default config and of OpenThoughts3."""
+    """Rows of the config `metadata`, and conversations: the default config's, OpenThoughts3's."""
     if row.get("conversations"):
-        asked, replied = (next((turn["value"] for turn in row["conversations"] if turn["from"] in names), "")
-                          for names in (("user", "human"), ("assistant", "gpt")))
+        asked, replied = (
+            next((turn["value"] for turn in row["conversations"] if turn["from"] in names), "")
+            for names in (("user", "human"), ("assistant", "gpt"))
+        )
         thought, solution = split_cot(replied)
-        row = {"domain": "math", **row, "problem": asked, "deepseek_reasoning": thought, "deepseek_solution": solution}
+        row = {"domain": "math", **row, "problem": asked}
+        row |= {"deepseek_reasoning": thought, "deepseek_solution": solution}
     if row.get("domain") != "math":
         return "not mathematics"
-    answer = last_boxed(row.get("ground_truth_solution") or "") or last_boxed(row["deepseek_solution"] or "")
-    return {"problem": unwrap(row["problem"]), "answer": clean_gold(answer), "solution": row["deepseek_reasoning"].strip()}
+    answer = last_box(row.get("ground_truth_solution") or "")
+    return {
+        "problem": unwrap(row["problem"]),
+        "answer": clean_gold(answer or last_box(row["deepseek_solution"] or "")),
+        "solution": row["deepseek_reasoning"].strip(),
+    }
 
 
 def dapo(row: dict) -> dict:
-    return {"problem": unwrap(row["prompt"][-1]["content"]), "answer": clean_gold(row["reward_model"]["ground_truth"])}
+    answer = row["reward_model"]["ground_truth"]
+    return {"problem": unwrap(row["prompt"][-1]["content"]), "answer": clean_gold(answer)}
 
 
 def plain(problem: str = "problem", answer: str = "answer") -> Callable[[dict], dict]:
-    return lambda row: {"problem": row[problem].strip(), "answer": clean_gold(row[answer]), "solution": row.get("solution") or ""}
+    """The function for rows that have a problem and its answer in these columns."""
+    return lambda row: {
+        "problem": row[problem].strip(),
+        "answer": clean_gold(row[answer]),
+        "solution": row.get("solution") or "",
+    }
 
 
 def olympiad(row: dict) -> dict:
@@ -138,7 +166,8 @@ def olympiad(row: dict) -> dict:
 
 def gpqa(row: dict) -> dict:
     options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-    order = random.Random(row["Question"]).sample(range(4), 4)  # the right one comes first in every row; same order each run
+    # The right option comes first in every row: shuffle them, in the same way every time.
+    order = random.Random(row["Question"]).sample(range(4), 4)
     return multiple_choice(row["Question"], [options[i] for i in order], order.index(0))
 
 
@@ -148,60 +177,129 @@ def mmlu_pro(row: dict) -> dict:
 
 class Source(NamedTuple):
     hub: str  # id on the hub
-    config: str | None
-    split: str  # default split
-    revision: str  # commit that is loaded
+    revision: str  # the commit that is loaded
     convert: Callable[[dict], dict | str]
     columns: tuple[str, ...]  # the others are not read
+    config: str | None = None
+    split: str = "train"  # unless the name gives one
     benchmark: bool = False  # evaluation sets keep every problem, training sets lose duplicates
 
 
-# Columns as the cards describe them; each revision is one that several independent public projects pin.
+# The columns are those of the data sets' cards. A revision is the commit that is loaded.
 SOURCES = {
     "openthoughts": Source(
-        "open-thoughts/OpenThoughts-114k", "metadata", "train", "bd093c3994fd54d2390985b66988ddf282a55eb6",
-        openthoughts, ("problem", "deepseek_reasoning", "deepseek_solution", "ground_truth_solution", "domain", "conversations")),
+        hub="open-thoughts/OpenThoughts-114k",
+        revision="bd093c3994fd54d2390985b66988ddf282a55eb6",
+        convert=openthoughts,
+        columns=(
+            "problem", "deepseek_reasoning", "deepseek_solution", "ground_truth_solution",
+            "domain", "conversations",
+        ),
+        config="metadata",
+    ),
     "openthoughts3": Source(
-        "open-thoughts/OpenThoughts3-1.2M", None, "train", "61bcf9d4eb38b30295efc2021227a63cc5bb34c8",
-        openthoughts, ("domain", "conversations")),
+        hub="open-thoughts/OpenThoughts3-1.2M",
+        revision="61bcf9d4eb38b30295efc2021227a63cc5bb34c8",
+        convert=openthoughts,
+        columns=("domain", "conversations"),
+    ),
     "deepmath": Source(
-        "zwhe99/DeepMath-103K", None, "train", "5cf055d1fe3d7a2eb19719ac020211469736ae44",
-        deepmath, ("question", "final_answer", "difficulty", "r1_solution_1")),
+        hub="zwhe99/DeepMath-103K",
+        revision="5cf055d1fe3d7a2eb19719ac020211469736ae44",
+        convert=deepmath,
+        columns=("question", "final_answer", "difficulty", "r1_solution_1"),
+    ),
     "dapo17k": Source(
-        "BytedTsinghua-SIA/DAPO-Math-17k", None, "train", "65877096c24ffa7abc4e4fa5edb95cf3413a5674",
-        dapo, ("prompt", "reward_model")),
+        hub="BytedTsinghua-SIA/DAPO-Math-17k",
+        revision="65877096c24ffa7abc4e4fa5edb95cf3413a5674",
+        convert=dapo,
+        columns=("prompt", "reward_model"),
+    ),
     "deepscaler": Source(
-        "agentica-org/DeepScaleR-Preview-Dataset", None, "train", "b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",
-        plain(), ("problem", "answer", "solution")),
+        hub="agentica-org/DeepScaleR-Preview-Dataset",
+        revision="b6ae8c60f5c1f2b594e2140b91c49c9ad0949e29",
+        convert=plain(),
+        columns=("problem", "answer", "solution"),
+    ),
     "gsm8k": Source(
-        "openai/gsm8k", "main", "train", "e53f048856ff4f594e959d75785d2c2d37b678ee",
-        gsm8k, ("question", "answer")),
+        hub="openai/gsm8k",
+        revision="e53f048856ff4f594e959d75785d2c2d37b678ee",
+        convert=gsm8k,
+        columns=("question", "answer"),
+        config="main",
+    ),
     "math500": Source(
-        "HuggingFaceH4/MATH-500", None, "test", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-        plain(), ("problem", "answer", "solution"), True),
+        hub="HuggingFaceH4/MATH-500",
+        revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+        convert=plain(),
+        columns=("problem", "answer", "solution"),
+        split="test",
+        benchmark=True,
+    ),
     "aime24": Source(
-        "HuggingFaceH4/aime_2024", None, "train", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-        plain(), ("problem", "answer", "solution"), True),
+        hub="HuggingFaceH4/aime_2024",
+        revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
+        convert=plain(),
+        columns=("problem", "answer", "solution"),
+        benchmark=True,
+    ),
     "aime25": Source(
-        "math-ai/aime25", None, "test", "563bb8404243c5f09de6ec262f2db674fe5bce9b",
-        plain(), ("problem", "answer"), True),
+        hub="math-ai/aime25",
+        revision="563bb8404243c5f09de6ec262f2db674fe5bce9b",
+        convert=plain(),
+        columns=("problem", "answer"),
+        split="test",
+        benchmark=True,
+    ),
     "amc23": Source(
-        "math-ai/amc23", None, "test", "80815d37005feb82cd7f8fbc6901d5d3eff43057",
-        plain("question"), ("question", "answer"), True),
+        hub="math-ai/amc23",
+        revision="80815d37005feb82cd7f8fbc6901d5d3eff43057",
+        convert=plain("question"),
+        columns=("question", "answer"),
+        split="test",
+        benchmark=True,
+    ),
     "minerva": Source(
-        "math-ai/minervamath", None, "test", "ee46ddc498933b1977577953250ca5c66be64f96",
-        plain("question"), ("question", "answer"), True),
+        hub="math-ai/minervamath",
+        revision="ee46ddc498933b1977577953250ca5c66be64f96",
+        convert=plain("question"),
+        columns=("question", "answer"),
+        split="test",
+        benchmark=True,
+    ),
     "olympiadbench": Source(
-        "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "91184b52131e7fc9455fef848035173aea8cc01a",
-        olympiad, ("question", "final_answer"), True),
+        hub="Hothan/OlympiadBench",
+        revision="91184b52131e7fc9455fef848035173aea8cc01a",
+        convert=olympiad,
+        columns=("question", "final_answer"),
+        config="OE_TO_maths_en_COMP",
+        benchmark=True,
+    ),
     "gpqa_diamond": Source(
-        "Idavidrein/gpqa", "gpqa_diamond", "train", "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
-        gpqa, ("Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"), True),
+        hub="Idavidrein/gpqa",
+        revision="633f5ee89ab8ad4522a9f850766b73f62147ffdd",
+        convert=gpqa,
+        columns=(
+            "Question", "Correct Answer",
+            "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3",
+        ),
+        config="gpqa_diamond",
+        benchmark=True,
+    ),
     "mmlu_pro": Source(
-        "TIGER-Lab/MMLU-Pro", None, "test", "b189ec765aa7ed75c8acfea42df31fdae71f97be",
-        mmlu_pro, ("question", "options", "answer_index"), True),
+        hub="TIGER-Lab/MMLU-Pro",
+        revision="b189ec765aa7ed75c8acfea42df31fdae71f97be",
+        convert=mmlu_pro,
+        columns=("question", "options", "answer_index"),
+        split="test",
+        benchmark=True,
+    ),
 }
-SHORT = {source.hub: short for short, source in SOURCES.items()}  # hub ids are taken as names too
+SHORT = {source.hub: short for short, source in SOURCES.items()}  # hub ids are taken as names, too
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading a data set
 
 
 class Name(NamedTuple):
@@ -211,92 +309,129 @@ class Name(NamedTuple):
 
 
 def parse_name(name: str) -> Name | None:
-    """`short[:split][=folder]` (or the hub id in place of the short name); None if it names no data set of SOURCES."""
+    """The parts of `short[:split][=folder]`, or None if it names no data set of SOURCES.
+
+    The hub id may take the place of the short name.
+    """
     base, _, folder = name.partition("=")
     base, _, split = base.partition(":")
     short = SHORT.get(base, base)
     return Name(short, split or SOURCES[short].split, folder) if short in SOURCES else None
 
 
-def tell(*words):
-    if os.environ.get("RANK", "0") == "0":  # one rank of a torchrun speaks
-        print(*words, file=sys.stderr, flush=True)
+def open_table(name: Name):
+    """The data set as the library `datasets` opens it, the needed columns only.
+
+    Raises OSError, ValueError or ImportError if that fails.
+    """
+    # imported here: training on local JSONL needs torch and transformers only
+    from datasets import disable_progress_bars, load_dataset
+
+    source = SOURCES[name.source]
+    if name.folder:
+        folder = Path(name.folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+        inside = source.config if source.config and (folder / source.config).is_dir() else None
+        disable_progress_bars()
+        table = load_dataset(str(folder), data_dir=inside, split=name.split, streaming=True)
+    else:  # through the cache, which is memory-mapped and works without network the next time
+        options = dict(split=name.split, revision=source.revision)
+        table = load_dataset(source.hub, source.config, **options)
+    if present := table.column_names:  # unknown for JSONL before its first row is read
+        wanted = [column for column in source.columns if column in present]
+        if not wanted:
+            raise ValueError(f"its columns are {', '.join(present)}")
+        table = table.select_columns(wanted)
+    return table
 
 
 def open_rows(name: Name) -> Iterator[dict]:
-    """Rows of a data set, only the needed columns. Raises SystemExit with the remedy when it cannot be loaded."""
-    # imported here: training on local JSONL needs torch and transformers alone
-    from datasets import disable_progress_bars, load_dataset
-    source = SOURCES[name.source]
+    """The rows of a data set. Raises SystemExit with the remedy if it cannot be loaded."""
     try:
-        if name.folder:
-            folder = Path(name.folder)
-            if not folder.is_dir():
-                raise FileNotFoundError(f"no folder {folder}")
-            inside = source.config if source.config and (folder / source.config).is_dir() else None
-            disable_progress_bars()
-            table = load_dataset(str(folder), data_dir=inside, split=name.split, streaming=True)
-        else:  # through the cache: memory-mapped, and there the next time even without network
-            table = load_dataset(source.hub, source.config, split=name.split, revision=source.revision)
-        if present := table.column_names:  # JSONL may show its columns with its rows only
-            if not (wanted := [column for column in source.columns if column in present]):
-                raise ValueError(f"its columns are {', '.join(present)}")
-            table = table.select_columns(wanted)
-        for batch in table.iter(batch_size=500):
+        for batch in open_table(name).iter(batch_size=500):
             columns = list(batch)
             for values in zip(*batch.values()):
                 yield dict(zip(columns, values))
-    except (OSError, ValueError, ImportError) as error:  # no network, gated, no such split, a damaged file
+    except (OSError, ValueError, ImportError) as error:  # no network, gated, a damaged file, ...
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        gated = "accept its terms on its page and set HF_TOKEN; " if "gated" in str(error).lower() else ""
-        raise SystemExit(f"error: cannot load {name.source} ({name.folder or source.hub}, split {name.split}: {reason}); {gated}"
-                         f"without network, fill the cache at $HF_HOME on another machine and copy it here, or pass a folder with "
-                         f"the data set's files as {name.source}=FOLDER, or a JSONL file of problem records") from None
+        gated = "gated" in str(error).lower()
+        terms = "accept its terms on its page and set HF_TOKEN; " if gated else ""
+        where = name.folder or SOURCES[name.source].hub
+        fail(
+            f"cannot load {name.source} ({where}, split {name.split}: {reason}); {terms}copy a "
+            f"filled cache to $HF_HOME, or pass a folder with its files as {name.source}=FOLDER, "
+            "or a JSONL file of problem records"
+        )
 
 
-def fingerprint(text: str) -> bytes:
+def text_key(text: str) -> bytes:
     """16 bytes that are equal for problems that differ in white space and case only."""
     return hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
 
 
-def read_hub(name: Name, *, solutions: bool = False, difficulty: tuple[float, float] = (float("-inf"), float("inf")),
-             overlap: "Overlap | None" = None, dropped: Counter) -> Iterator[dict]:
-    """Clean records of a data set, in its order; `dropped` counts, by reason, the rows that were left out.
+ANY = (float("-inf"), float("inf"))  # the range of difficulties that keeps problems without one
 
-    `solutions` keeps chains of thought (many kilobytes each) and leaves out rows without one. An id is the data set's
-    short name and the row's number, so that it stays the same whatever is left out.
+
+def read_hub(
+    name: Name, *, solutions: bool = False, difficulty: tuple[float, float] = ANY,
+    overlap: "Overlap | None" = None, dropped: Counter,
+) -> Iterator[dict]:
+    """Clean records of a data set, in its order. `dropped` counts the rows left out, by reason.
+
+    `solutions` keeps chains of thought (many kilobytes each) and leaves out rows without one. An id
+    is the data set's short name and the row's number, so it does not depend on what is left out.
     """
     source, seen = SOURCES[name.source], set()
     for index, row in enumerate(open_rows(name)):
         try:
             record = source.convert(row)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise SystemExit(f"error: {name.source}, row {index}: not of the expected form ({type(error).__name__}: {error}; columns "
-                             f"{', '.join(row)}); another revision than data/sources.py knows? Pass the data as JSONL records") from None
-        if isinstance(record, str):
-            dropped[record] += 1
+            fail(
+                f"{name.source}, row {index}: not of the expected form ({type(error).__name__}: "
+                f"{error}; columns {', '.join(row)}); copy the revision that data/sources.py "
+                "pins, or pass the data as JSONL records"
+            )
+        reason = record if isinstance(record, str) else unusable(record, solutions)
+        # The order of these tests decides what a row is counted as.
+        if not reason and not source.benchmark:
+            key = text_key(record["problem"])
+            reason = "duplicate" if key in seen else None
+        if not reason and not within(record.get("difficulty"), difficulty):
+            reason = "difficulty outside the range"
+        id = f"{name.source}-{index}"
+        if not reason and overlap is not None and overlap.find(id, record["problem"]):
+            reason = "overlap with an evaluation set"
+        if reason:
+            dropped[reason] += 1
             continue
-        level = record.get("difficulty")
-        if not record["problem"] or not record["answer"]:
-            dropped["no problem text" if not record["problem"] else "no answer"] += 1
-        elif solutions and not record.get("solution"):
-            dropped["no solution"] += 1
-        elif not source.benchmark and (mark := fingerprint(record["problem"])) in seen:
-            dropped["duplicate"] += 1
-        elif difficulty != (float("-inf"), float("inf")) and not (level is not None and difficulty[0] <= level <= difficulty[1]):
-            dropped["difficulty outside the range"] += 1
-        elif overlap is not None and overlap.find(f"{name.source}-{index}", record["problem"]):
-            dropped["overlap with an evaluation set"] += 1
-        else:
-            if not source.benchmark:
-                seen.add(mark)
-            if not solutions:
-                record.pop("solution", None)
-            yield {"id": f"{name.source}-{index}", **record}
+        if not source.benchmark:
+            seen.add(key)
+        if not solutions:
+            record.pop("solution", None)
+        yield {"id": id, **record}
+
+
+def unusable(record: dict, solutions: bool) -> str | None:
+    """Why a record lacks what it needs, or None."""
+    if not record["problem"]:
+        return "no problem text"
+    if not record["answer"]:
+        return "no answer"
+    return "no solution" if solutions and not record.get("solution") else None
+
+
+def within(level: float | None, difficulty: tuple[float, float]) -> bool:
+    """Whether a level is in the range. A problem without a level is only in the range ANY."""
+    low, high = difficulty
+    return difficulty == ANY or level is not None and low <= level <= high
 
 
 def subset(records: Iterable[dict], limit: int, seed: int) -> list[dict]:
-    """A random subset in file order that depends on seed and records alone, holding `limit` records at a time; 0: all."""
+    """A random subset, in the order of the records; all of them if `limit` is 0.
+
+    It depends only on seed and records. At most `limit` records are held in memory.
+    """
     if not limit:
         return list(records)
     rng, kept = random.Random(seed), []
@@ -309,8 +444,10 @@ def subset(records: Iterable[dict], limit: int, seed: int) -> list[dict]:
 
 
 def gradable(records: Iterable[dict], dropped: Counter) -> Iterator[dict]:
-    """The records whose gold some answer can match; `dropped` counts the others. 10 ms for each that is not a number."""
-    from rewards import check_golds
+    """The records whose gold some answer can match. `dropped` counts the others.
+
+    A gold that is not a number takes about 10 ms.
+    """
     records = iter(records)
     while chunk := list(itertools.islice(records, 1024)):
         for record, reason in zip(chunk, check_golds([record["answer"] for record in chunk])):
@@ -320,15 +457,22 @@ def gradable(records: Iterable[dict], dropped: Counter) -> Iterator[dict]:
                 yield record
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def counts_text(dropped: Counter) -> list[str]:
+    """What was left out and why, the most frequent reason first."""
+    return [f"{count} left out ({reason})" for reason, count in dropped.most_common()]
+
+
+# --------------------------------------------------------------------------------------------------
 # Decontamination
+
 
 class Overlap:
     """Finds training problems that share a run of n words with an evaluation problem.
 
-    Words are runs of letters and digits in lower case, so that LaTeX and punctuation weigh little. Runs that stand in
-    more than `boilerplate` evaluation problems ("where m and n are relatively prime positive integers, find m + n …")
-    say nothing and do not count; a problem that is shorter than n words must be equal as a whole.
+    Words are runs of letters and digits in lower case, so LaTeX and punctuation weigh little. Runs
+    in more than `boilerplate` evaluation problems ("where m and n are relatively prime positive
+    integers, find m + n …") do not count. An evaluation problem shorter than n words must be equal
+    as a whole.
     """
 
     def __init__(self, problems: Iterable[dict], n: int = 13, boilerplate: int = 2):
@@ -347,142 +491,242 @@ class Overlap:
         return re.findall(r"[^\W_]+", text.lower())
 
     def runs(self, words: list[str]) -> Iterator[str]:
-        return (" ".join(words[i:i + self.n]) for i in range(len(words) - self.n + 1))
+        return (" ".join(words[i : i + self.n]) for i in range(len(words) - self.n + 1))
 
     def find(self, id: str, text: str) -> bool:
-        """Whether `text` overlaps; if so the pair and the shared words are added to `report`."""
+        """Whether `text` overlaps. If so, the pair and the shared words are added to `report`."""
         words = self.words(text)
-        found = next(((self.owner[run], run) for run in self.runs(words) if run in self.owner), None)
-        if found is None and (joined := " ".join(words)) in self.whole:
-            found = self.whole[joined], joined
-        if found:
-            self.report.append({"id": id, "evaluation": found[0], "shared": found[1], "problem": text})
-        return found is not None
+        shared = next((run for run in self.runs(words) if run in self.owner), None)
+        evaluation = self.owner.get(shared)
+        if shared is None and (joined := " ".join(words)) in self.whole:
+            evaluation, shared = self.whole[joined], joined
+        if shared is None:
+            return False
+        entry = {"id": id, "evaluation": evaluation, "shared": shared, "problem": text}
+        self.report.append(entry)
+        return True
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the stages call
 
-def load_jsonl(path: Path) -> list[dict]:
-    """One JSON object a line; blank lines are passed over. Raises SystemExit with file, line and reason."""
-    def not_a_number(name: str):
-        raise ValueError(f"{name} is no JSON number")
 
-    records = []
-    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                line.encode()  # fails on the stand-ins for bytes that are not UTF-8
-                record = json.loads(line, parse_constant=not_a_number)
-            except UnicodeEncodeError:
-                raise SystemExit(f"error: {path}, line {number}: not UTF-8; convert the file "
-                                 "first, such as with `iconv -f LATIN1 -t UTF-8`") from None
-            except (ValueError, RecursionError) as error:  # also an integer of over 4,300 digits
-                raise SystemExit(f"error: {path}, line {number}: not JSON ({error}); mend or remove the line") from None
-            if not isinstance(record, dict):
-                raise SystemExit(f"error: {path}, line {number}: want one JSON object a line, "
-                                 f"found a {type(record).__name__}")
-            records.append({"_line": number, **record})
-    return records
+def load_records(
+    name: str, fields: tuple[str, ...] = ("problem", "answer"), limit: int = 0, seed: int = 0
+) -> list[dict]:
+    """Records of a JSONL path, `toy[:split]` or a data set of SOURCES.
 
-
-def load_records(name: str, fields: tuple[str, ...] = ("problem", "answer"), limit: int = 0, seed: int = 0) -> list[dict]:
-    """Records of a JSONL path, `toy[:split]` or a data set of SOURCES, each with `id` and the non-empty strings `fields`.
-
-    With `limit`, a random subset of that size, in file order, that depends on `seed` alone. Raises SystemExit with
-    one sentence for an unknown name, a malformed record (file, line, reason) or an empty data set; rows of a hub data
-    set that cannot be used are left out and counted instead.
+    Each has `id` and the non-empty strings `fields`. With `limit`, a random subset of that size, in
+    file order, that depends on `seed` alone. Raises SystemExit with one sentence for an unknown
+    name, a malformed record (file, line, reason) or an empty data set. Rows of a hub data set that
+    cannot be used are left out and counted instead.
     """
     base, _, split = name.partition(":")
-    hub = None if Path(name).is_file() else parse_name(name)
-    if Path(name).is_file():
+    is_file = Path(name).is_file()
+    hub = None if is_file else parse_name(name)
+    if is_file:
         records = load_jsonl(Path(name))
     elif base == "toy":
-        if (split or "train") not in toy.SPLITS:
-            raise SystemExit(f"error: the toy task has the splits {', '.join(toy.SPLITS)}, not {split!r}")
-        records = toy.make_problems(split or "train", limit or 2000, seed=seed, terse=0.5)
+        split = split or "train"
+        known = ", ".join(toy.SPLITS)
+        require(split in toy.SPLITS, f"the toy task has the splits {known}, not {split!r}")
+        records = toy.make_problems(split, limit or 2000, seed=seed, terse=0.5)
     elif hub:
         dropped: Counter = Counter()
-        records = subset(read_hub(hub, solutions="solution" in fields, dropped=dropped), limit, seed)
-        tell(f"{name}: {len(records)} records" + "".join(f", {count} left out ({why})" for why, count in dropped.most_common()))
+        rows = read_hub(hub, solutions="solution" in fields, dropped=dropped)
+        records = subset(rows, limit, seed)
+        print0(", ".join([f"{name}: {len(records)} records", *counts_text(dropped)]))
     else:
-        raise SystemExit(f"error: no data at {name!r}: give a JSONL file, toy[:split], or one of {', '.join(SOURCES)}")
-
-    seen: set[str] = set()
-    for index, record in enumerate(records):
-        where = f"{name}, line {record.pop('_line')}" if "_line" in record else f"{name}, row {index}"
-        record["id"] = str(record.get("id", f"{Path(name).stem}-{index}"))
-        for field in fields:
-            value = record.get(field)
-            if (field == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool)
-                    and abs(value) != float("inf")):  # 1e999 is read as inf
-                value = record[field] = str(value)  # "answer": 7 is clear enough
-            if not isinstance(value, str) or not value.strip():
-                problem = "is missing" if field not in record else "is empty" if value == "" else f"is {value!r}"
-                raise SystemExit(f"error: {where}: {field!r} {problem[:80]}; every record needs the non-empty strings "
-                                 f"{', '.join(fields)}")
-        if record["id"] in seen:
-            raise SystemExit(f"error: {where}: the id {record['id']!r} stands twice; ids must be unique")
-        seen.add(record["id"])
-    if not records:
-        raise SystemExit(f"error: {name} holds no records")
+        known = ", ".join(SOURCES)
+        fail(f"no data at {name!r}: give a JSONL file, toy[:split], or one of {known}")
+    check_records(name, records, fields)
     if not hub and limit and limit < len(records):
         chosen = set(random.Random(seed).sample(range(len(records)), limit))
         records = [record for index, record in enumerate(records) if index in chosen]
     return records
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help=f"{', '.join(SOURCES)}; [:split] and [=FOLDER] may follow")
-    parser.add_argument("--out", required=True, help="JSONL file of problem records; a report goes to *.report.json")
-    parser.add_argument("--limit", type=int, default=0, help="use a random subset of this size; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="of the subset")
-    parser.add_argument("--min_difficulty", type=float, default=float("-inf"), help="DeepMath: keep problems from this level on")
-    parser.add_argument("--max_difficulty", type=float, default=float("inf"), help="DeepMath: keep problems up to this level")
-    parser.add_argument("--decontaminate", nargs="+", default=[], metavar="NAME", help="evaluation sets that nothing may overlap with")
-    parser.add_argument("--ngram", type=int, default=13, help="words in a row that count as overlap")
-    parser.add_argument("--solutions", action="store_true", help="keep chains of thought (for distill.py)")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+def check_records(name: str, records: list[dict], fields: tuple[str, ...]):
+    """Give every record an id, and refuse what is malformed (SystemExit)."""
+    seen: set[str] = set()
+    for index, record in enumerate(records):
+        line = record.pop("_line", None)
+        where = f"{name}, row {index}" if line is None else f"{name}, line {line}"
+        id = record["id"] = str(record.get("id", f"{Path(name).stem}-{index}"))
+        for field in fields:
+            value = record.get(field)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            # "answer": 7 is clear enough; but 1e999 is read as inf.
+            if field == "answer" and number and abs(value) != float("inf"):
+                value = record[field] = str(value)
+            if not isinstance(value, str) or not value.strip():
+                problem = "is empty" if value == "" else f"is {value!r}"
+                problem = problem if field in record else "is missing"
+                fail(
+                    f"{where}: {field!r} {problem[:80]}; every record needs the non-empty strings "
+                    + ", ".join(fields)
+                )
+        require(id not in seen, f"{where}: the id {id!r} occurs twice; ids must be unique")
+        seen.add(id)
+    require(records, f"{name} holds no records; choose another file or data set")
+
+
+def load_gradable(
+    name: str, encode: Callable[[str], list[int]], max_prompt_tokens: int, limit: int, seed: int
+) -> list[dict]:
+    """Problem records with `prompt`, the token ids that `encode` makes of a problem.
+
+    A problem whose gold cannot be graded would always score 0. In a file of the user's own it is an
+    error; in a hub data set it is left out and counted. A collective: ranks share the checking.
+    """
+    grader.pool.start()  # the workers import math-verify while data and model are loaded
+    problems = load_records(name, limit=limit, seed=seed)
+    init_distributed()
+    problems = with_usable_golds(name, problems)
+    for problem in problems:
+        problem["prompt"] = encode(problem["problem"])
+    kept = [problem for problem in problems if len(problem["prompt"]) <= max_prompt_tokens]
+    flag = f"--max_prompt_tokens {max_prompt_tokens}"
+    require(kept, f"every prompt of {name} is longer than {flag}; raise it")
+    if len(kept) < len(problems):
+        longer = len(problems) - len(kept)
+        print0(f"{name}: {longer} problems are left out, because their prompts exceed {flag}")
+    return kept
+
+
+def with_usable_golds(name: str, problems: list[dict]) -> list[dict]:
+    """The problems whose gold can be graded. SystemExit for a bad one that is not from the hub."""
+    golds = sorted({problem["answer"] for problem in problems})
+    mine = golds[rank()::world_size()]  # a gold that is not a number takes about 10 ms
+    bad: dict[str, str] = {}  # gold -> why it cannot be graded
+    for part in all_gather(dict(zip(mine, check_golds(mine)))):
+        bad |= {gold: reason for gold, reason in part.items() if reason}
+    left_out = [problem for problem in problems if problem["answer"] in bad]
+    if left_out:
+        id, gold = left_out[0]["id"], left_out[0]["answer"]
+        count = f"{len(left_out)} of {len(problems)}"
+        require(
+            parse_name(name),
+            f"{name}: {count} answers cannot be graded, the first in record {id}: {gold[:60]!r} "
+            f"{bad[gold]}; mend or remove them",
+        )
+        print0(
+            f"{name}: {count} records left out, because their golds cannot be graded (first: "
+            f"{id}, {gold[:60]!r})"
+        )
+    problems = [problem for problem in problems if problem["answer"] not in bad]
+    require(problems, f"no record of {name} has a gold that can be graded; choose other data")
+    return problems
+
+
+def load_questions(config, encode: Callable[[str], list[int]]) -> tuple[list[dict], list[dict]]:
+    """grpo.py's training and held-out problems, which all fit into the model's context."""
+    longest, seed = config.max_prompt_tokens, config.seed
+    problems, held_out = load_gradable(config.data, encode, longest, config.limit, seed), []
+    if config.eval_data and config.eval_size:
+        held_out = load_gradable(config.eval_data, encode, longest, config.eval_size, seed)
+    elif not config.eval_data and (size := min(config.eval_size, len(problems) // 10)):
+        problems, held_out = problems[:-size], problems[-size:]
+    longest = max(len(problem["prompt"]) for problem in problems + held_out)
+    check_context(load_config(config.model), longest, config.max_completion_tokens)
+    return problems, held_out
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n: int, seed: str) -> list[int]:
+    """A permutation of 0..n-1."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def draw(records: list, positions: Iterable[int], seed: int) -> list:
+    """The records at `positions` of an endless sequence of epochs, each in an order of its own."""
+    drawn = []
+    for position in positions:
+        epoch, place = divmod(position, len(records))
+        drawn.append(records[epoch_order(len(records), f"{seed} {epoch}")[place]])
+    return drawn
+
+
+# --------------------------------------------------------------------------------------------------
+# Preparing a file
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, (low, high) = parser.add_argument, ANY
+    add("data", help=f"{', '.join(SOURCES)}; [:split] and [=FOLDER] may follow")
+    add("--out", required=True, help="JSONL file of problems; a report goes to *.report.json")
+    add("--limit", type=int, default=0, help="use a random subset of this size; 0: all")
+    add("--seed", type=int, default=0, help="of the subset")
+    add("--min_difficulty", type=float, default=low, help="DeepMath: problems from this level on")
+    add("--max_difficulty", type=float, default=high, help="DeepMath: problems up to this level")
+    sets = "evaluation sets that no problem may overlap with"
+    add("--decontaminate", nargs="+", default=[], metavar="NAME", help=sets)
+    add("--ngram", type=int, default=13, help="words in a row that count as overlap")
+    add("--solutions", action="store_true", help="keep chains of thought (for distill.py)")
+    add("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args()
-    out, name = Path(args.out), parse_name(args.data)
-    if name is None:
-        raise SystemExit(f"error: no data set {args.data!r}: give one of {', '.join(SOURCES)}")
-    if out.exists() and not args.overwrite:
-        raise SystemExit(f"error: {out} exists: choose another --out or pass --overwrite")
-    if args.ngram < 2 or args.limit < 0:
-        raise SystemExit("error: --ngram must be at least 2, and --limit not negative")
-    overlap, dropped = None, Counter()
-    if args.decontaminate:
-        overlap = Overlap((problem for other in args.decontaminate for problem in load_records(other)), args.ngram)
-    records = read_hub(name, solutions=args.solutions, difficulty=(args.min_difficulty, args.max_difficulty), overlap=overlap,
-                       dropped=dropped)
-    if args.limit:  # without it, records go straight from reader to file
-        records = subset(records, args.limit, args.seed)
-    if not args.solutions:  # those are for the cold start, which grades nothing
-        records = gradable(records, dropped)
+    names, out = ", ".join(SOURCES), args.out
+    require(parse_name(args.data), f"no data set {args.data!r}: give one of {names}")
+    usable = args.overwrite or not Path(out).exists()
+    require(usable, f"{out} exists: choose another --out or pass --overwrite")
+    sizes = args.ngram >= 2 and args.limit >= 0
+    require(sizes, "--ngram must be at least 2, and --limit not negative")
+    return args
+
+
+def write_records(out: Path, records: Iterable[dict]) -> int:
+    """Write a JSONL file in one go. Returns its number of records; if 0, `out` stays as it was."""
     temporary, kept = out.with_name(out.name + ".tmp"), 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = open(temporary, "w")
     except OSError as error:
-        raise SystemExit(f"error: cannot write {temporary} ({error.strerror}); choose another --out") from None
+        fail(f"cannot write {temporary} ({error.strerror}); choose another --out")
     with file:
         for record in records:
             file.write(json.dumps(record) + "\n")
             kept += 1
-    if not kept:
+    if kept:
+        temporary.replace(out)
+    else:
         temporary.unlink()
-        raise SystemExit(f"error: no record of {args.data} is left ({dict(dropped)}); widen the filters")
-    temporary.replace(out)
-    report = {"data": args.data, "hub": SOURCES[name.source].hub, "kept": kept,
-              "revision": None if name.folder else SOURCES[name.source].revision,  # a folder does not say
-              "dropped": dict(dropped), "decontaminated_against": args.decontaminate, "ngram": args.ngram,
-              "overlaps": overlap.report if overlap else []}
+    return kept
+
+
+def main():
+    args = parse_arguments()
+    out, name = Path(args.out), parse_name(args.data)
+    overlap, dropped = None, Counter()
+    if args.decontaminate:
+        problems = (problem for other in args.decontaminate for problem in load_records(other))
+        overlap = Overlap(problems, args.ngram)
+    levels, wanted = (args.min_difficulty, args.max_difficulty), args.solutions
+    filters = dict(solutions=wanted, difficulty=levels, overlap=overlap)
+    records = read_hub(name, **filters, dropped=dropped)
+    if args.limit:  # without it, records go straight from reader to file
+        records = subset(records, args.limit, args.seed)
+    if not wanted:  # solutions are for the cold start, which grades nothing
+        records = gradable(records, dropped)
+    kept = write_records(out, records)
+    require(kept, f"no record of {args.data} is left ({dict(dropped)}); widen the filters")
+    source = SOURCES[name.source]
+    report = {
+        "data": args.data,
+        "hub": source.hub,
+        "kept": kept,
+        "revision": None if name.folder else source.revision,  # a folder does not say
+        "dropped": dict(dropped),
+        "decontaminated_against": args.decontaminate,
+        "ngram": args.ngram,
+        "overlaps": overlap.report if overlap else [],
+    }
     out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{out}: {kept} records" + "".join(f"; {count} left out ({why})" for why, count in dropped.most_common()))
+    print("; ".join([f"{out}: {kept} records", *counts_text(dropped)]))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
-"""Linked quantities: the embedded task, its word-level tokenizer and its tiny Qwen2-architecture model.
+"""Linked quantities: the embedded task, its word-level tokenizer and its tiny Qwen2-style model.
 
-A question lists shuffled facts and asks for one quantity; arithmetic keeps the last digit (mod 10):
+A question lists shuffled facts and asks for one quantity. Arithmetic keeps the last digit (mod 10):
 
     problem   E = A + 2 ; D = B - A ; A = 4 ; F = A + E ; B = 9 ; F ?
-    plan      F needs A E ; E needs A ; A needs nothing              which quantities, no numbers, target first
-    CoT       A = 4 ; E = A + 2 = 4 + 2 = 6 ; F = A + E = 4 + 6 = 0  the plan, read backwards and computed
+    plan      F needs A E ; E needs A ; A needs nothing              target first, no numbers
+    CoT       A = 4 ; E = A + 2 = 4 + 2 = 6 ; F = A + E = 4 + 6 = 0  the plan backwards, computed
     answer    0
 
-D and B are distractors. Difficulty is the number of facts. The *solutions* that come with training problems are
-of two kinds, as human solutions are. A full one derives every needed quantity. A terse one leaves out the
-derived quantities that its author worked out in the head (`A = 4 ; F = A + E = 4 + 6 = 0`): it is correct, so checking
-its answer cannot filter it out, but a small model that imitates it must guess the 6. Which plans can be carried out is
-therefore what fine-tuning on solutions cannot teach and what reinforcement learning can.
+D and B are distractors. Difficulty is the number of facts. The solutions of training problems are
+of two kinds, as human solutions are. A full one derives every needed quantity. A terse one leaves
+out derived quantities that its author worked out in the head (`A = 4 ; F = A + E = 4 + 6 = 0`). It
+is correct, so checking its answer cannot filter it out, but a small model that imitates it must
+guess the 6. Fine-tuning on solutions therefore cannot teach which plans can be carried out, but
+reinforcement learning can.
 
-    python -m data.toy --out runs/toy      writes sft, train, validation and test.jsonl and a random model/
+    python -m data.toy --out runs/toy      writes sft, train, validation and test.jsonl, and model/
+                                           with random weights
 """
+
 import argparse
 import hashlib
 import json
@@ -22,19 +25,25 @@ import random
 import re
 from pathlib import Path
 
+from plumbing.ranks import fail, require
+
 NAMES = "ABCDEF"  # few: a tiny model learns to look one up much sooner than with 16 or 26
 DIGITS = "0123456789"
-SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}  # per cent of all problems, by hash
+# Per cent of all problems, by hash.
+SPLITS = {"train": (0, 90), "validation": (90, 95), "test": (95, 100)}
+
+Facts = dict[str, tuple[str, ...]]  # {"A": ("4",), "F": ("A", "+", "2"), ...}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Problems
 
-def make_facts(rng: random.Random, n_facts: int) -> dict[str, tuple[str, ...]]:
-    """Facts in an order in which each may use earlier ones: {"A": ("4",), "F": ("A", "+", "2"), ...}."""
+
+def make_facts(rng: random.Random, n_facts: int) -> Facts:
+    """Facts in an order in which each may use earlier ones."""
     names = list(NAMES)
     rng.shuffle(names)
-    facts: dict[str, tuple[str, ...]] = {}
+    facts: Facts = {}
     for name in names[:n_facts]:
         earlier = list(facts)
         if len(earlier) < 2 or rng.random() < 0.25:
@@ -47,18 +56,21 @@ def make_facts(rng: random.Random, n_facts: int) -> dict[str, tuple[str, ...]]:
     return facts
 
 
-def evaluate_facts(facts: dict[str, tuple[str, ...]]) -> dict[str, int]:
+def evaluate_facts(facts: Facts) -> dict[str, int]:
     """Value of every quantity. Raises KeyError when a fact uses a quantity that comes after it."""
     values: dict[str, int] = {}
     for name, fact in facts.items():
         terms = [int(t) if t in DIGITS else values[t] for t in fact[::2]]
-        values[name] = (terms[0] if len(terms) == 1 else terms[0] + terms[1] if fact[1] == "+"
-                        else terms[0] - terms[1]) % 10
+        if len(fact) == 1:
+            value = terms[0]
+        else:
+            value = terms[0] + terms[1] if fact[1] == "+" else terms[0] - terms[1]
+        values[name] = value % 10
     return values
 
 
-def needed(facts: dict[str, tuple[str, ...]], target: str) -> list[str]:
-    """The quantities that `target` depends on and itself, depth first: each stands after everything it uses."""
+def needed(facts: Facts, target: str) -> list[str]:
+    """`target` and the quantities it depends on, depth first: each comes after all that it uses."""
     order: list[str] = []
 
     def visit(name):
@@ -71,26 +83,31 @@ def needed(facts: dict[str, tuple[str, ...]], target: str) -> list[str]:
     return order
 
 
-def write_solution(facts: dict[str, tuple[str, ...]], names: list[str]) -> str:
+def write_solution(facts: Facts, names: list[str]) -> str:
     """The CoT that computes `names` in the order given."""
     values, steps = evaluate_facts(facts), []
     for name in names:
         fact = facts[name]
         step = [name, "=", *fact]
         if len(fact) == 3:
-            step += ["=", *(str(values[t]) if t in NAMES else t for t in fact), "=", str(values[name])]
+            numbers = [str(values[t]) if t in NAMES else t for t in fact]
+            step += ["=", *numbers, "=", str(values[name])]
         steps.append(" ".join(step))
     return " ; ".join(steps)
 
 
-def plan_of(solution: str) -> str:
-    """Strip a CoT to its plan: each computed quantity and the quantities it uses, target first, no numbers.
+STEP = re.compile(r"([A-Z]) = ([A-Z0-9](?: [+-] [A-Z0-9])?)(?: = [0-9] [+-] [0-9] = [0-9])?")
 
-    `A = 4 ; F = A + 2 = 4 + 2 = 6` -> `F needs A ; A needs nothing`. Raises ValueError on any other kind of text.
+
+def plan_of(solution: str) -> str:
+    """Cut a CoT down to its plan: each computed quantity and those it uses, target first.
+
+    `A = 4 ; F = A + 2 = 4 + 2 = 6` -> `F needs A ; A needs nothing`. Raises ValueError on any other
+    kind of text.
     """
     items = []
     for step in reversed(solution.split(" ; ")):
-        match = re.fullmatch(r"([A-Z]) = ([A-Z0-9](?: [+-] [A-Z0-9])?)(?: = [0-9] [+-] [0-9] = [0-9])?", step.strip())
+        match = STEP.fullmatch(step.strip())
         if match is None:
             raise ValueError(f"not a linked-quantities solution: {step[:60]!r}")
         uses = list(dict.fromkeys(re.findall("[A-Z]", match[2])))  # A + A needs A once
@@ -101,11 +118,12 @@ def plan_of(solution: str) -> str:
 def make_problem(rng: random.Random, n_facts: int, terse: float) -> dict | None:
     """One problem record with its solution, or None when the draw is too easy.
 
-    With probability `terse` the solution leaves out every derived quantity on the way to the target.
+    With probability `terse` the solution leaves out every derived quantity on the way to the
+    target.
     """
     facts = make_facts(rng, n_facts)
-    # The quantity that needs most; draws in which that is less than half of the facts are too easy, and so are those
-    # in which it follows from given numbers in one step (of up to three facts, all do).
+    # The target is the quantity that needs most. A draw is too easy if that is less than half of
+    # the facts, or if it follows from given numbers in one step (of up to three facts, all do).
     target = max(facts, key=lambda name: len(needed(facts, name)))
     steps = needed(facts, target)
     derived = [name for name in steps if len(facts[name]) == 3 and name != target]
@@ -116,35 +134,44 @@ def make_problem(rng: random.Random, n_facts: int, terse: float) -> dict | None:
     shuffled = list(facts)
     rng.shuffle(shuffled)
     listed = [f"{name} = {' '.join(facts[name])}" for name in shuffled]
-    return {"problem": " ; ".join(listed) + f" ; {target} ?",
-            "answer": str(evaluate_facts(facts)[target]),
-            "solution": write_solution(facts, steps)}
+    return {
+        "problem": " ; ".join([*listed, f"{target} ?"]),
+        "answer": str(evaluate_facts(facts)[target]),
+        "solution": write_solution(facts, steps),
+    }
 
 
 def split_of(problem: str) -> str:
-    """train, validation or test, decided by the facts and the target alone: a reshuffled copy stays in its split."""
+    """train, validation or test. Facts and target decide: a reshuffled copy stays in its split."""
     key = " ; ".join(sorted(problem.split(" ; ")))
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 100
     return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
 
 
-def make_problems(split: str, count: int, facts: tuple[int, int] = (5, 6), seed: int = 0, terse: float = 0.0) -> list[dict]:
-    """`count` different problem records of `split`; the number of facts is uniform in `facts` (both ends included).
+def make_problems(
+    split: str, count: int, facts: tuple[int, int] = (5, 6), seed: int = 0, terse: float = 0.0
+) -> list[dict]:
+    """`count` different problem records of `split`.
 
-    The same arguments give the same bytes on every machine. Splits share no problem, whatever the seed.
+    The number of facts is uniform in `facts`, both ends included. The same arguments give the same
+    bytes on every machine. Splits share no problem, whatever the seed. Raises ValueError for what
+    the task cannot give.
     """
     if split not in SPLITS:
         raise ValueError(f"the toy task has the splits {', '.join(SPLITS)}, not {split!r}")
-    if not 1 <= facts[0] <= facts[1] <= len(NAMES):
-        raise ValueError(f"a problem has 1 to {len(NAMES)} facts, not {facts[0]} to {facts[1]}")
+    low, high = facts
+    if not 1 <= low <= high <= len(NAMES):
+        raise ValueError(f"a problem has 1 to {len(NAMES)} facts, not {low} to {high}")
     rng, seen, records, misses = random.Random(f"{split} {seed}"), set(), [], 0
     while len(records) < count:
-        record = make_problem(rng, rng.randint(*facts), terse)
+        record = make_problem(rng, rng.randint(low, high), terse)
         if record is None or split_of(record["problem"]) != split or record["problem"] in seen:
             misses += 1
             if misses > 10_000:
-                raise ValueError(f"found {len(records)} different problems of {facts[0]} to {facts[1]} facts, not {count}: "
-                                 "ask for fewer, or for more facts")
+                raise ValueError(
+                    f"found {len(records)} different problems of {low} to {high} facts, not "
+                    f"{count}: ask for fewer, or for more facts"
+                )
             continue
         misses = 0
         seen.add(record["problem"])
@@ -152,83 +179,124 @@ def make_problems(split: str, count: int, facts: tuple[int, int] = (5, 6), seed:
     return records
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tokenizer and model
 
-# The system turn (the template instruction, in English) is left out: none of its words is in the vocabulary.
-CHAT_TEMPLATE = ("{% for message in messages %}{% if message['role'] != 'system' %}"
-                 "{{ '<|' + message['role'] + '|> ' + message['content'] + ' <|end|> ' }}{% endif %}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}")
+# It leaves the system turn out (the template instruction, in English), because none of its words is
+# in the vocabulary.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ '<|' + message['role'] + '|> ' + message['content'] + ' <|end|> ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
 SPECIAL = ["<|pad|>", "<|unk|>", "<|end|>", "<|user|>", "<|assistant|>"]
-# "A =" and "A needs" are one word each: what follows them is then a look-up of the word itself, and texts are shorter.
-WORDS = ["<plan>", "</plan>", "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "nothing", "=", "+", "-",
-         ";", "?", *DIGITS, *NAMES, *(f"{name} =" for name in NAMES), *(f"{name} needs" for name in NAMES)]
+TAGS = ["<plan>", "</plan>", "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}"]
+WORDS = [*TAGS, "nothing", "=", "+", "-", ";", "?", *DIGITS, *NAMES]
+# "A =" and "A needs" are one word each: what follows is then a look-up of the word itself, and
+# texts are shorter.
+WORDS += [f"{name} {word}" for word in ("=", "needs") for name in NAMES]
 
 
 def make_tokenizer():
-    """A word-level `PreTrainedTokenizerFast`: words, signs, digits, names and tags, joined by spaces in decoded text."""
+    """A word-level `PreTrainedTokenizerFast`. It decodes to words and signs with spaces between."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    # Words are what this matches, from the left; white space between them is dropped.
-    words = Regex(r"</?[a-z]+>|\\boxed\{|[A-Z] (?:=|needs)|[^\s{}<>]+|\S")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(words, "removed", invert=True)
+    word_level = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
+    # Words are what this matches, from the left. White space between them is dropped.
+    pattern = Regex(r"</?[a-z]+>|\\boxed\{|[A-Z] (?:=|needs)|[^\s{}<>]+|\S")
+    word_level.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<|unk|>", pad_token="<|pad|>", eos_token="<|end|>",
-        additional_special_tokens=["<|user|>", "<|assistant|>"], chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=512)
-    # For a Qwen2 model AutoTokenizer distrusts the class that tokenizer_config.json names and rebuilds Qwen2's
-    # byte-level one, unless the file claims code of its own; without trust_remote_code that claim is then ignored.
+        tokenizer_object=word_level,
+        unk_token="<|unk|>",
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+    # For a Qwen2 model AutoTokenizer distrusts the class that tokenizer_config.json names. It
+    # builds Qwen2's byte-level one instead, unless the file claims code of its own. Without
+    # trust_remote_code that claim is then ignored.
     tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": [None, None]}
     return tokenizer
 
 
 def make_model(tokenizer, seed: int = 0, width: int = 128, layers: int = 3, heads: int = 8):
-    """A randomly initialised Qwen2 model (0.5 M parameters) whose ids and limits match `tokenizer`."""
+    """A Qwen2 model with random weights (0.5 M). Its ids and limits match `tokenizer`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, tie_word_embeddings=True,
-        # A base of 100 instead of 10,000: sequences are short, and look-ups need positions that differ.
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        # A base of 100, not 10,000: sequences are short, and look-ups need positions that differ.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        initializer_range=0.05,  # the loss falls faster than with the usual 0.02, which is for widths of thousands
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        # The loss falls faster than with the usual 0.02, which is for widths of thousands.
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, ends = parser.add_argument, ("LOW", "HIGH")
+    add("--out", required=True, help="folder for the JSONL files and model/")
+    add("--sft", type=int, default=6000, help="problems with solutions, to distil and fine-tune on")
+    add("--train", type=int, default=6000, help="problems for reinforcement learning")
+    add("--test", type=int, default=400, help="problems for each of validation and test")
+    add("--facts", type=int, nargs=2, default=(5, 6), metavar=ends, help="facts per problem")
+    add("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
+    add("--seed", type=int, default=0)
+    add("--overwrite", action="store_true", help="replace what --out already holds")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder for the JSONL files and model/")
-    parser.add_argument("--sft", type=int, default=6000, help="problems with solutions, to distil and fine-tune on")
-    parser.add_argument("--train", type=int, default=6000, help="problems for reinforcement learning")
-    parser.add_argument("--test", type=int, default=400, help="problems for each of validation and test")
-    parser.add_argument("--facts", type=int, nargs=2, default=(5, 6), metavar=("LOW", "HIGH"), help="facts a problem")
-    parser.add_argument("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out already holds")
-    args = parser.parse_args()
-    out, facts = Path(args.out), tuple(args.facts)
-    if (out / "sft.jsonl").exists() and not args.overwrite:
-        raise SystemExit(f"error: {out} already holds a toy data set: choose another --out or pass --overwrite")
+    args = parse_arguments()
+    out, facts, seed = Path(args.out), tuple(args.facts), args.seed
+    require(
+        args.overwrite or not (out / "sft.jsonl").exists(),
+        f"{out} already holds a toy data set: choose another --out or pass --overwrite",
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        problems = make_problems("train", args.sft + args.train, facts, args.seed, args.terse)
+        problems = make_problems("train", args.sft + args.train, facts, seed, args.terse)
         files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
-        files.update({split: make_problems(split, args.test, facts, args.seed) for split in ("validation", "test")})
+        for split in ("validation", "test"):
+            files[split] = make_problems(split, args.test, facts, seed)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        fail(str(error))
     for name, records in files.items():
         if name != "sft":  # reinforcement learning and evaluation see answers only
-            records = [{key: value for key, value in record.items() if key != "solution"} for record in records]
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            records = [{k: v for k, v in record.items() if k != "solution"} for record in records]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (out / f"{name}.jsonl").write_text(lines)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer, args.seed)
+    model = make_model(tokenizer, seed)
     tokenizer.save_pretrained(out / "model")
     model.save_pretrained(out / "model")
-    print(f"{out}: " + ", ".join(f"{len(records)} {name}" for name, records in files.items())
-          + f"; a model of {model.num_parameters():,} parameters with random weights")
+    counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
+    size = f"{model.num_parameters():,}"
+    print(f"{out}: {counts}; a model of {size} parameters with random weights")
 
 
 if __name__ == "__main__":

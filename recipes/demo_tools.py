@@ -1,8 +1,9 @@
-"""What recipes/demo.sh needs beside the stages: timing them, and one table at the end.
+"""What recipes/demo.sh needs besides the stages: their times, and one table at the end.
 
-    python recipes/demo_tools.py stage RUN NAME command ...    run a command under a banner; note seconds and memory
-    python recipes/demo_tools.py summary RUN                   print the table, write RUN/summary.json
+    python -m recipes.demo_tools stage RUN NAME command ...   run a command; note time and memory
+    python -m recipes.demo_tools summary RUN                  print figures, write RUN/summary.json
 """
+
 import json
 import resource
 import subprocess
@@ -10,12 +11,22 @@ import sys
 import time
 from pathlib import Path
 
-ROWS = ("base", "sft", "grpo", "pta")
 TITLES = {"base": "base model", "sft": "after SFT", "grpo": "after GRPO", "pta": "after PTA-GRPO"}
+FIGURES = ("accuracy", "ci_low", "ci_high", "n_problems", "mean_length", "format_rate")
+
+
+def load_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def banner(title: str):
+    print(f"\n=== {title} {'=' * max(1, 88 - len(title))}", flush=True)
 
 
 def stage(run: Path, name: str, command: list[str]):
-    print(f"\n=== {name} {'=' * max(1, 88 - len(name))}\n$ {' '.join(command)}", flush=True)
+    """Run a stage's command, and add its seconds and peak memory to RUN/stages.jsonl."""
+    banner(name)
+    print("$ " + " ".join(command), flush=True)
     began = time.time()
     status = subprocess.run(command).returncode
     seconds = time.time() - began
@@ -23,41 +34,88 @@ def stage(run: Path, name: str, command: list[str]):
         raise SystemExit(status)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # Linux counts in KiB
     run.mkdir(parents=True, exist_ok=True)
+    record = {"name": name, "seconds": round(seconds, 1), "peak_mb": round(peak)}
     with open(run / "stages.jsonl", "a") as log:
-        log.write(json.dumps({"name": name, "seconds": round(seconds, 1), "peak_mb": round(peak)}) + "\n")
+        log.write(json.dumps(record) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# The end of the demo
+
+
+def show_question(records: dict[str, list[dict]]):
+    """Print the first question that is answered wrong after SFT and right after PTA-GRPO.
+
+    The first sample of each decides.
+    """
+    first = lambda name, i: records[name][i]["samples"][0]
+    learned = lambda i: first("pta", i)["correct"] and not first("sft", i)["correct"]
+    shown = next(filter(learned, range(len(records["sft"]))), 0)
+    banner("one question, before and after RL")
+    print(f"question  {records['sft'][shown]['problem']}")
+    print(f"gold      {records['sft'][shown]['answer']}")
+    for name in ("sft", "pta"):
+        sample = first(name, shown)
+        print(f"{TITLES[name]} ({'right' if sample['correct'] else 'wrong'}):")
+        text = sample["completion"]
+        for end in ("</plan>", "</think>"):
+            text = text.replace(end, end + "\n")
+        for block in text.split("\n"):
+            print(f"    {block.strip()}")
+
+
+def show_table(rows: list[dict]):
+    """Print a line per model, with the figures of its evaluation."""
+    banner(f"result: {rows[0]['n_problems']} held-out problems")
+    print(f"{'':16}{'accuracy':>10}{'95 % interval':>20}{'mean length':>14}{'well-formed':>14}")
+    for row in rows:
+        percent = {name: 100 * row[name] for name in ("accuracy", "ci_low", "ci_high")}
+        print(
+            f"{TITLES[row['name']]:16}{percent['accuracy']:9.1f}%"
+            f"{percent['ci_low']:11.1f} to{percent['ci_high']:5.1f}%"
+            f"{row['mean_length']:14.1f}{100 * row['format_rate']:13.1f}%"
+        )
+
+
+def comparison_sentence(row: dict) -> str:
+    """Say how PTA-GRPO did beside GRPO. `row` is a row of eval.compare: PTA-GRPO minus GRPO."""
+    points, low, high = (100 * row[name] for name in ("delta", "ci_low", "ci_high"))
+    size, chance = f"{abs(points):.1f}", ", which may be chance" if row["p"] >= 0.05 else ""
+    result = f"{size} points {'above' if points > 0 else 'below'} GRPO"
+    if size == "0.0":
+        result, chance = "level with GRPO", ""
+    p = "p < 0.0001" if row["p"] < 1e-4 else f"p {row['p']:.2g}"
+    interval = f"paired 95 % interval {low:+z.1f} to {high:+z.1f}, {p}"
+    return f"PTA-GRPO is {result} ({interval}){chance}: one run, one seed."
 
 
 def summary(run: Path):
+    """Print a question, the table, the comparison and the times; write RUN/summary.json."""
+    from eval import compare  # not at the top: a stage's banner need not wait for its imports
+
     rows, records = [], {}
-    for name in ROWS:
+    for name in TITLES:
         figures = json.loads((run / f"eval_{name}" / "summary.json").read_text())
-        rows.append({"name": name, **{key: figures[key] for key in (
-            "accuracy", "ci_low", "ci_high", "n_problems", "mean_length", "format_rate")}})
-        records[name] = [json.loads(line) for line in (run / f"eval_{name}" / "records.jsonl").open()]
-    stages = [json.loads(line) for line in (run / "stages.jsonl").open()]
-    result = {"rows": rows, "stage_seconds": {s["name"]: s["seconds"] for s in stages},
-              "total_seconds": round(sum(s["seconds"] for s in stages), 1), "peak_mb": max(s["peak_mb"] for s in stages)}
-    (run / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+        rows.append({"name": name, **{figure: figures[figure] for figure in FIGURES}})
+        records[name] = load_jsonl(run / f"eval_{name}" / "records.jsonl")
+    comparison = compare(records["grpo"], records["pta"])["rows"][-1]
+    stages = load_jsonl(run / "stages.jsonl")
+    total, peak = sum(s["seconds"] for s in stages), max(s["peak_mb"] for s in stages)
+    result = {
+        "rows": rows,
+        "pta_minus_grpo": comparison,
+        "stage_seconds": {s["name"]: s["seconds"] for s in stages},
+        "total_seconds": round(total, 1),
+        "peak_mb": peak,
+    }
+    file = run / "summary.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
-    print(f"\n=== one question, before and after RL {'=' * 55}")
-    # The first question that SFT answers wrong and PTA-GRPO answers right, by their first samples.
-    shown = next((i for i, (a, b) in enumerate(zip(records["sft"], records["pta"]))
-                  if not a["samples"][0]["correct"] and b["samples"][0]["correct"]), 0)
-    print(f"question  {records['sft'][shown]['problem']}\ngold      {records['sft'][shown]['answer']}")
-    for name in ("sft", "pta"):
-        first = records[name][shown]["samples"][0]
-        print(f"{TITLES[name]} ({'right' if first['correct'] else 'wrong'}):")
-        for block in first["completion"].replace("</plan>", "</plan>\n").replace("</think>", "</think>\n").split("\n"):
-            print(f"    {block.strip()}")
-
-    print(f"\n=== result: {rows[0]['n_problems']} held-out problems {'=' * 58}")
-    print(f"{'':16}{'accuracy':>10}{'95 % interval':>20}{'mean length':>14}{'well-formed':>14}")
-    for row in rows:
-        print(f"{TITLES[row['name']]:16}{100 * row['accuracy']:9.1f}%"
-              f"{100 * row['ci_low']:11.1f} to{100 * row['ci_high']:5.1f}%"
-              f"{row['mean_length']:14.1f}{100 * row['format_rate']:13.1f}%")
+    show_question(records)
+    show_table(rows)
+    print("\n" + comparison_sentence(comparison))
     print("\nseconds  " + "  ".join(f"{s['name']} {s['seconds']:.0f}" for s in stages))
-    print(f"total {result['total_seconds']:.0f} s, peak memory {result['peak_mb']} MB; figures in {run / 'summary.json'}")
+    print(f"total {total:.0f} s, peak memory {peak} MB; figures in {file}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# Makes data/toy_base, the tiny model that `make demo` starts from: random weights, then supervised training on toy
-# solutions without plans, from short problems to long ones (look-ups form on short ones first). About half an hour on
-# two cores. The same scripts as for any model do it: distil, then sft.py --use_plan false.
+# Makes data/toy_base, the tiny model that `make demo` starts from. It has random weights at first,
+# and is trained on toy solutions without plans, from short problems to long ones: it learns to look
+# values up on short ones first. This takes about half an hour on two cores. The scripts are the
+# same as for any model: distill.py, then sft.py --use_plan false.
 set -euo pipefail
 [ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN before it" >&2; exit 1; }
 cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE
 RUN=${RUN:-runs/toy_base}
-train() {  # name, start model, low and high number of facts, problems, seed, epochs, schedule, learning rate
-    python -m data.toy --out "$RUN/$1" --facts "$3" "$4" --sft "$5" --seed "$6" --train 0 --test 1 --overwrite
-    python distill.py --teacher rule --data "$RUN/$1/sft.jsonl" --out "$RUN/$1/cots.jsonl" --limit 0 --overwrite
-    python sft.py --model "$2" --data "$RUN/$1/cots.jsonl" --use_plan false --out "$RUN/$1/sft" --overwrite \
-        --epochs "$7" --schedule "$8" --lr "$9" --warmup_steps 50 --batch_size 64 --tokens_per_micro_batch 4000 --activation_checkpointing false
+
+# train NAME START_MODEL LOW HIGH PROBLEMS SEED EPOCHS SCHEDULE LR: LOW to HIGH facts per problem
+train() {
+    python -m data.toy --out "$RUN/$1" --facts "$3" "$4" --sft "$5" --seed "$6" \
+        --train 0 --test 1 --overwrite
+    python distill.py --teacher rule --data "$RUN/$1/sft.jsonl" --out "$RUN/$1/cots.jsonl" \
+        --limit 0 --overwrite
+    python sft.py --model "$2" --data "$RUN/$1/cots.jsonl" --use_plan false --out "$RUN/$1/sft" \
+        --overwrite --epochs "$7" --schedule "$8" --lr "$9" --warmup_steps 50 --batch_size 64 \
+        --tokens_per_micro_batch 4000 --activation_checkpointing false
 }
 python -m data.toy --out "$RUN" --sft 1 --train 0 --test 1 --overwrite  # for its random model/
 train short   "$RUN/model"              2 3  16000  1 1   constant 3e-3

@@ -1,4 +1,5 @@
-"""Tiny models of real architectures with random weights, made in memory, and the toy task's tokenizer."""
+"""Tiny models of real architectures with random weights, and Python's own signal handlers."""
+
 import os
 import signal
 import sys
@@ -11,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)  # workers share the cores
 
-# Files that take longest begin first, so that workers end together (with --no-loadscope-reorder).
-SLOW = ("test_gpu", "test_smoke", "test_faults", "test_distributed", "test_families", "test_eval", "test_report")
+# Files that take longest begin first, so that workers end together (--no-loadscope-reorder).
+SLOW = """test_gpu test_smoke test_faults test_distributed test_families test_eval
+test_report""".split()
 FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "gemma"]
 
 
@@ -22,14 +24,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """Every test begins with Python's own handlers: an earlier one may have trained in this process, which takes the
-    signals over for good, and a shell starts its background jobs deaf to Ctrl-C."""
+    """Every test begins with Python's own signal handlers.
+
+    An earlier one may have trained in this process, which takes the signals over for good. And a
+    shell starts its background jobs deaf to Ctrl-C.
+    """
     yield give_signals_back()
     give_signals_back()
 
 
 def give_signals_back():
-    from checkpoint import StopSignal
+    from plumbing.signals import StopSignal
+
     StopSignal.came = False
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,12 +44,18 @@ def give_signals_back():
 
 
 def make_tiny(family: str, vocab_size: int = 97, seed: int = 0, **settings):
-    """Two layers, width 32, four heads on two key-value heads; large weights, so that logits differ clearly."""
+    """Two layers, width 32, four heads on two key-value heads.
+
+    Its weights are large, so that logits differ clearly.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, vocab_size=vocab_size, hidden_size=32, intermediate_size=64,
-                                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                                  max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0, **settings)
+    sizes = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    special = dict(bos_token_id=None, eos_token_id=1, pad_token_id=0)
+    settings = dict(max_position_embeddings=256, **sizes, **heads, **special, **settings)
+    config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float().eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,12 +1,14 @@
-"""A GPU for a machine without one: a stage runs with all that it does on GPUs only, and what a GPU refuses is refused.
+"""A GPU for a machine without one: a stage does all that it does on GPUs only.
 
-    python tests/pretend_gpu.py grpo.py --model ...        any stage and its flags; prints how often the GPU was used
+    python tests/pretend_gpu.py grpo.py --model ...   any stage and its flags; prints counts of use
 
-Tensors stay in CPU memory, but those "on the GPU" say so, and these fail as they would there: an operation on tensors of
-both kinds, a GPU tensor's numpy(), a copy between devices or a wait for a result while a CUDA graph is captured. Graphs
-replay the operations that were captured, on the same memory. FSDP2 runs over gloo, with the GPU's bf16 compute, under
-torchrun too. Kernels, streams, nccl and sizes of memory are not pretended.
+Tensors stay in CPU memory, but those "on the GPU" say so, and what a GPU refuses fails: an
+operation on tensors of both kinds, numpy() of a GPU tensor; and while a CUDA graph is captured, a
+copy between devices or a wait for a result. Graphs replay the operations that were captured, on the
+same memory. FSDP2 runs over gloo, with the GPU's bf16 compute, under torchrun too. Kernels,
+streams, nccl and sizes of memory are not pretended.
 """
+
 import contextlib
 import importlib
 import json
@@ -21,25 +23,28 @@ import torch.distributed as dist
 import torch.distributed.device_mesh as device_mesh
 import torch.distributed.fsdp  # before torch is changed below, as the next ones
 import torch.distributed.tensor
-import transformers.modeling_utils
+import transformers.modeling_utils  # noqa: F401
 from torch.distributed.fsdp import _fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from checkpoint import guarded
+from plumbing.signals import guarded
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 places: dict[int, tuple[StorageWeakRef, torch.device]] = {}  # storage -> where it pretends to be
 used, capturing = Counter(), []
 real_empty, real_to, RealGenerator = torch.empty, torch.Tensor.to, torch.Generator
 
-# Look at a tensor, or change what hangs on it, without computing: allowed anywhere.
-LOOKS = set("""size dim __len__ __hash__ numel stride requires_grad_ is_floating_point is_complex element_size data_ptr
-    untyped_storage storage_offset is_contiguous backward register_hook is_pinned _has_compatible_shallow_copy_type""".split())
-WAITS = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"}
-FACTORIES = {"tensor", "zeros", "ones", "arange", "full", "from_numpy", "as_tensor", "frombuffer", "asarray"}
+# These look at a tensor, or change what hangs on it, without computing: allowed anywhere.
+LOOKS = set(
+    """size dim __len__ __hash__ numel stride requires_grad_ is_floating_point is_complex
+    element_size data_ptr untyped_storage storage_offset is_contiguous backward register_hook
+    is_pinned _has_compatible_shallow_copy_type""".split()
+)
+WAITS = set("item tolist __bool__ __int__ __float__ __index__ nonzero cpu numpy".split())
+FACTORIES = set("tensor zeros ones arange full from_numpy as_tensor frombuffer asarray".split())
 
 
 def storage(tensor: torch.Tensor):
@@ -48,7 +53,7 @@ def storage(tensor: torch.Tensor):
 
 
 def place(tensor: torch.Tensor) -> torch.device | None:
-    """GPU or CPU; None if the tensor came from where this file does not look, like autograd, and may be either."""
+    """GPU or CPU. None if the tensor may be either: it was made where we do not look (autograd)."""
     reference, device = places.get(getattr(storage(tensor), "_cdata", None), (None, None))
     return None if reference is None or reference.expired() else device
 
@@ -74,10 +79,12 @@ def refuse_while_capturing(what: str):
 
 def to(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """Tensor.to, where a change of place is a copy."""
-    names = [a for a in (*args, kwargs.pop("device", None)) if isinstance(a, (str, torch.device))]
+    everything = (*args, kwargs.pop("device", None))
+    names = [a for a in everything if isinstance(a, (str, torch.device))]
     names += [place(a) or CPU for a in args if isinstance(a, torch.Tensor)]
     if not names or tensor.is_meta or torch.device(names[0]).type == "meta":
-        return real_to(tensor, *args, **kwargs, **({"device": names[0]} if names and names[0] not in args else {}))
+        device = {"device": names[0]} if names and names[0] not in args else {}
+        return real_to(tensor, *args, **kwargs, **device)
     dtypes = [a for a in (*args, kwargs.get("dtype")) if isinstance(a, torch.dtype)]
     new, before = (real_to(tensor, *dtypes) if dtypes else tensor), place(tensor)
     if is_gpu(names[0]) != (before == GPU):
@@ -87,7 +94,21 @@ def to(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
 
 
 def empty(*size, device=None, **options) -> torch.Tensor:
-    return put(real_empty(*size, **options), GPU) if is_gpu(device) else real_empty(*size, device=device, **options)
+    if is_gpu(device):
+        return put(real_empty(*size, **options), GPU)
+    return real_empty(*size, device=device, **options)
+
+
+def attribute(function, args, kwargs):
+    """Read or set an attribute of a tensor."""
+    name = getattr(getattr(function, "__self__", None), "__name__", "")
+    reading = function.__name__ == "__get__"
+    if reading and name in ("device", "is_cuda") and place(args[0]) == GPU:
+        return GPU if name == "device" else True
+    value = function(*args, **kwargs)
+    if name == "grad" and reading and value is not None and place(args[0]):
+        put(value, place(args[0]))
+    return value
 
 
 class PretendGPU(TorchFunctionMode):
@@ -95,14 +116,8 @@ class PretendGPU(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
-        if name in ("__get__", "__set__"):  # an attribute
-            attribute = getattr(getattr(function, "__self__", None), "__name__", "")
-            if name == "__get__" and attribute in ("device", "is_cuda") and place(args[0]) == GPU:
-                return GPU if attribute == "device" else True
-            value = function(*args, **kwargs)
-            if attribute == "grad" and name == "__get__" and value is not None and place(args[0]):
-                put(value, place(args[0]))
-            return value
+        if name in ("__get__", "__set__"):
+            return attribute(function, args, kwargs)
         if name in LOOKS:
             return function(*args, **kwargs)
         wanted = kwargs.get("device")
@@ -122,8 +137,11 @@ class PretendGPU(TorchFunctionMode):
         if name == "pin_memory":
             return args[0]
         if gpu and cpu and name != "copy_":
-            raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices in "
-                               f"{name}: {[(str(place(t)), tuple(t.shape)) for t in found]}")
+            where = [(str(place(t)), tuple(t.shape)) for t in found]
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices in "
+                f"{name}: {where}"
+            )
         result = function(*args, **kwargs)
         used["operations"] += bool(gpu)
         if name != "copy_" and (wanted is not None or gpu or cpu or name in FACTORIES):
@@ -133,7 +151,7 @@ class PretendGPU(TorchFunctionMode):
 
 
 class Graph:
-    """What torch.cuda.CUDAGraph does: the captured operations again, on the memory that they had."""
+    """What torch.cuda.CUDAGraph does: the captured operations again, on the memory they had."""
 
     def __init__(self):
         self.calls = []
@@ -150,7 +168,10 @@ class Graph:
 
 
 class Capture(TorchDispatchMode):
-    """What torch.cuda.graph does. (The operations do run, unlike there: what they write is written again by a replay.)"""
+    """What torch.cuda.graph does.
+
+    Unlike there, the operations do run. A replay writes again what they have written.
+    """
 
     def __init__(self, graph: Graph, pool=None):
         super().__init__()
@@ -173,19 +194,34 @@ class Capture(TorchDispatchMode):
 
 def pretend():
     """Change torch, for good: call it in a process that does nothing else."""
-    cuda = dict(is_available=lambda: True, set_device=lambda device: None, current_device=lambda: 0, device_count=lambda: 1,
-                get_device_name=lambda i=0: "a pretended GPU", empty_cache=lambda: None,
-                mem_get_info=lambda device=None: (4 * 10**9, 80 * 10**9), CUDAGraph=Graph, graph=Capture,
-                current_stream=lambda: None, stream=contextlib.nullcontext)
+    cuda = dict(
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        current_device=lambda: 0,
+        set_device=lambda device: None,
+        get_device_name=lambda i=0: "a pretended GPU",
+        empty_cache=lambda: None,
+        mem_get_info=lambda device=None: (4 * 10**9, 80 * 10**9),
+        CUDAGraph=Graph,
+        graph=Capture,
+        current_stream=lambda: None,
+        stream=contextlib.nullcontext,
+    )
     for name, value in cuda.items():
         setattr(torch.cuda, name, value)
-    torch.Tensor.to, torch.empty, torch.Generator = to, empty, lambda device=None: RealGenerator()
-    start_group, make_mesh, handle = dist.init_process_group, device_mesh.init_device_mesh, device_mesh._get_device_handle
+    torch.Tensor.to, torch.empty = to, empty
+    torch.Generator = lambda device=None: RealGenerator()
+    start_group, make_mesh = dist.init_process_group, device_mesh.init_device_mesh
     dist.init_process_group = lambda backend, **options: start_group("gloo", **options)
-    device_mesh.init_device_mesh = lambda kind, *args, **options: make_mesh("cpu", *args, **options)
-    for part in ("_fully_shard", "_fsdp_init", "_fsdp_param", "_fsdp_param_group", "_fsdp_state", "_fsdp_collectives"):
+    device_mesh.init_device_mesh = lambda kind, *args, **kwargs: make_mesh("cpu", *args, **kwargs)
+    handle = device_mesh._get_device_handle
+    inside = dict(
+        _get_device_from_mesh=lambda mesh: GPU, _get_device_handle=lambda kind: handle("cpu")
+    )
+    parts = "_fully_shard _fsdp_init _fsdp_param _fsdp_param_group _fsdp_state _fsdp_collectives"
+    for part in parts.split():
         module = importlib.import_module(f"{_fully_shard.__name__}.{part}")
-        for name, value in (("_get_device_from_mesh", lambda mesh: GPU), ("_get_device_handle", lambda kind: handle("cpu"))):
+        for name, value in inside.items():
             if hasattr(module, name):
                 setattr(module, name, value)
 
@@ -198,4 +234,5 @@ if __name__ == "__main__":
         with PretendGPU():
             stage.main()
         print(json.dumps(used))
+
     guarded(main)

@@ -1,4 +1,5 @@
-"""Every script through its command line, in the order of a real run, and what each says to bad input."""
+"""Every script through its command line, in the order of a real run, and what each refuses."""
+
 import contextlib
 import fcntl
 import json
@@ -6,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,21 +18,22 @@ from conftest import ROOT
 from data.toy import make_model, make_tokenizer
 
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-TINY = "--max_prompt_tokens 100 --max_completion_tokens 60".split()
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node"
+TINY = "--max_prompt_tokens 100 --max_completion_tokens 60"
 
 
-def call(*command, ranks: int = 1, ok: bool = True) -> str:
-    launcher = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                    f"--nproc_per_node={ranks}"]
-    result = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-                            timeout=240)
+def call(command: str, ranks: int = 1, ok: bool = True) -> str:
+    """What `python command` prints, under torchrun if there are several ranks."""
+    words = [*f"{TORCHRUN} {ranks}".split() * (ranks > 1), *command.split()]
+    options = dict(cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    result = subprocess.run([sys.executable, *words], **options)
     assert (result.returncode == 0) == ok, result.stdout + result.stderr
     return result.stdout + result.stderr
 
 
-def main(monkeypatch, script, *flags):
+def main(monkeypatch, script, flags: str):
     """The same in this process, which spares the imports."""
-    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split()])
     script.main()
 
 
@@ -44,87 +45,124 @@ def lines(path):
 def run(tmp_path_factory):
     """Toy data and a tiny model through distillation and SFT."""
     folder = tmp_path_factory.mktemp("run")
-    call("-m", "data.toy", "--out", folder, "--sft", 80, "--train", 80, "--test", 40, "--facts", 2, 3)
-    assert "pass --overwrite" in call("-m", "data.toy", "--out", folder, ok=False)
-    call("distill.py", "--teacher", "rule", "--data", folder / "sft.jsonl", "--out", folder / "plans.jsonl")
-    call("sft.py", "--model", folder / "model", "--data", folder / "plans.jsonl", "--out", folder / "sft", "--epochs", 3,
-         "--lr", 3e-3, "--batch_size", 12)
+    call(f"-m data.toy --out {folder} --sft 80 --train 80 --test 40 --facts 2 3")
+    assert "pass --overwrite" in call(f"-m data.toy --out {folder}", ok=False)
+    plans = folder / "plans.jsonl"
+    call(f"distill.py --teacher rule --data {folder}/sft.jsonl --out {plans}")
+    flags = "--epochs 3 --lr 3e-3 --batch_size 12"
+    call(f"sft.py --model {folder}/model --data {plans} --out {folder}/sft {flags}")
     return folder
 
 
-METRICS = """step reward accuracy outcome plan structure length_reward plan_score format_rate kl clip_frac entropy
-completion_tokens plan_tokens truncated zero_variance grad_norm lr sampler_gap tokens_per_s seconds_rollout
-seconds_reward seconds_update seconds""".split()
+METRICS = """step reward accuracy outcome plan structure length_reward plan_score format_rate kl
+clip_frac entropy completion_tokens plan_tokens truncated zero_variance grad_norm lr sampler_gap
+tokens_per_s seconds_rollout seconds_reward seconds_update seconds""".split()
 
 
 def test_pta_grpo_run(run):
-    out = call("grpo.py", "--model", run / "sft/model", "--data", run / "train.jsonl", "--out", run / "pta", "--steps", 3,
-               "--questions", 4, "--max_plan_tokens", 30, "--eval_every", 2, "--show_every", 2, "--save_every", 2,
-               "--eval_data", run / "validation.jsonl", "--eval_size", 6, "--lr", 1e-4, *TINY)
-    assert "step 3/3" in out and "| question" in out and "eval_accuracy" in out
-    metrics = lines(run / "pta/metrics.jsonl")
+    out = run / "pta"
+    start = f"grpo.py --model {run}/sft/model --data {run}/train.jsonl --out {out} {TINY}"
+    start += " --questions 4 --max_plan_tokens 30"
+    whole = f"{start} --steps 3 --lr 1e-4 --eval_every 2 --show_every 2 --save_every 2"
+    whole += f" --eval_data {run}/validation.jsonl --eval_size 6"
+    said = call(whole)
+    assert "step 3/3" in said and "| question" in said and "eval_accuracy" in said
+    metrics = lines(out / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3]
     assert all(name in m for m in metrics for name in METRICS)
-    assert all(m["sampler_gap"] < 1e-4 and m["clip_frac"] == 0 for m in metrics)  # on-policy, in fp32
+    # It is on policy, in fp32.
+    assert all(m["sampler_gap"] < 1e-4 and m["clip_frac"] == 0 for m in metrics)
     assert metrics[0]["kl"] == pytest.approx(0, abs=1e-5)
     assert "eval_accuracy" in metrics[1] and "eval_accuracy" not in metrics[0]
-    record = lines(run / "pta/rollouts.jsonl")[0]
-    assert len(record["plans"]) == 4 and all(len(plan["completions"]) == 3 for plan in record["plans"])
+    record = lines(out / "rollouts.jsonl")[0]
+    assert len(record["plans"]) == 4
+    assert all(len(plan["completions"]) == 3 for plan in record["plans"])
     for plan in record["plans"]:
-        assert plan["score"] == pytest.approx(sum(c["correct"] for c in plan["completions"]) / 3)
-        for c in plan["completions"]:
-            r = c["reward"]
-            assert r["total"] == pytest.approx(r["outcome"] + 0.5 * r["plan"] + r["structure"] + r["length"], abs=2e-4)
+        right = sum(c["correct"] for c in plan["completions"])
+        assert plan["score"] == pytest.approx(right / 3)
+        for r in (c["reward"] for c in plan["completions"]):
+            total = r["outcome"] + 0.5 * r["plan"] + r["structure"] + r["length"]
+            assert r["total"] == pytest.approx(total, abs=2e-4)
 
-    refused = call("grpo.py", "--model", run / "sft/model", "--data", run / "train.jsonl", "--out", run / "pta", *TINY,
-                   "--questions", 4, "--max_plan_tokens", 30, ok=False)
+    refused = call(start, ok=False)
     assert "already holds a run" in refused and "Traceback" not in refused
 
-    # The checkpoint of step 2 continues to a third step that equals the undisturbed one.
-    (run / "pta/model").rename(run / "pta/away")
-    resumed = call("grpo.py", "--model", run / "sft/model", "--data", run / "train.jsonl", "--out", run / "pta", "--steps", 3,
-                   "--questions", 4, "--max_plan_tokens", 30, "--eval_every", 2, "--show_every", 2, "--save_every", 2,
-                   "--eval_data", run / "validation.jsonl", "--eval_size", 6, "--lr", 1e-4, "--resume", *TINY)
-    assert "after step 2" in resumed
-    again = lines(run / "pta/metrics.jsonl")
-    # Times differ, and so do the grader's counts, as it keeps what it has judged before.
-    timeless = lambda m: {k: v for k, v in m.items() if "second" not in k and k != "tokens_per_s" and "grader" not in k}
+    # The checkpoint of step 2 goes on to a third step that equals the undisturbed one.
+    (out / "model").rename(out / "away")
+    assert "after step 2" in call(f"{whole} --resume")
+    again = lines(out / "metrics.jsonl")
     assert len(again) == 3 and timeless(again[2]) == timeless(metrics[2])
 
 
-@pytest.mark.parametrize("flags", [
-    "--plans 12 --cots 1 --beta 0",  # GRPO
-    "--plans 6 --cots 1 --beta 0 --max_plan_tokens 0 --clip_high 0.28 --dynamic_sampling --overlong_buffer 20 --kl_coef 0",
-    "--plans 6 --cots 1 --beta 0 --std_norm false --loss_agg constant --kl_coef 0 --epochs 2 --mini_batches 2",
-], ids=["grpo", "dapo", "dr_grpo, inner epochs"])
+def timeless(metrics: dict) -> dict:
+    """Without times, and without the grader's counts: it keeps what it has judged before."""
+    varying = lambda name: "second" in name or name == "tokens_per_s" or "grader" in name
+    return {name: value for name, value in metrics.items() if not varying(name)}
+
+
+DAPO = "--clip_high 0.28 --dynamic_sampling --overlong_buffer 20 --kl_coef 0 --max_plan_tokens 0"
+DR_GRPO = "--std_norm false --loss_agg constant --kl_coef 0"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--plans 12 --cots 1 --beta 0",
+        f"--plans 6 --cots 1 --beta 0 {DAPO}",
+        f"--plans 6 --cots 1 --beta 0 {DR_GRPO} --epochs 2 --mini_batches 2",
+    ],
+    ids=["grpo", "dapo", "dr_grpo, inner epochs"],
+)
 def test_baselines_are_settings_of_the_same_loop(run, tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(grpo, "StopSignal", lambda: SimpleNamespace(  # pytest keeps its signal handlers
-        unless_stopped=lambda function, *a, **k: function(*a, **k), agreed=lambda device: 0))
-    main(monkeypatch, grpo, "--model", run / "sft/model", "--data", run / "train.jsonl", "--out", tmp_path, "--steps", 1,
-         "--questions", 4, "--max_plan_tokens", 30, "--eval_every", 0, "--save_every", 0, "--lr", 1e-4, *TINY, *flags.split())
-    assert len(lines(tmp_path / "metrics.jsonl")) == 1 and (tmp_path / "model/model.safetensors").exists()
-    assert ("overlong" in lines(tmp_path / "metrics.jsonl")[0]) == ("--overlong_buffer" in flags)
+    common = f"--model {run}/sft/model --data {run}/train.jsonl --out {tmp_path} {TINY} --steps 1"
+    common += " --questions 4 --max_plan_tokens 30 --eval_every 0 --save_every 0 --lr 1e-4"
+    main(monkeypatch, grpo, f"{common} {flags}")
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert len(metrics) == 1 and (tmp_path / "model/model.safetensors").exists()
+    assert ("overlong" in metrics[0]) == ("--overlong_buffer" in flags)
 
 
 def test_two_ranks_train_and_save(run, tmp_path):
-    flags = ["--model", run / "sft/model", "--data", run / "train.jsonl", "--steps", 2, "--max_plan_tokens", 30,
-             "--eval_every", 2, "--eval_size", 5, "--lr", 1e-4, "--dynamic_sampling", "--dynamic_rounds", 2, *TINY]
-    out = call("grpo.py", "--out", tmp_path / "two", "--questions", 4, *flags, ranks=2)
-    assert out.count("step 2/2") == 1 and len(lines(tmp_path / "two/metrics.jsonl")) == 2
-    refused = call("grpo.py", "--out", tmp_path / "odd", "--questions", 5, *flags, ranks=2, ok=False)
-    assert "--questions 5 does not divide over 2 ranks; legal values near it: 2, 4, 6" in refused
-    call("sft.py", "--model", run / "model", "--data", run / "plans.jsonl", "--out", tmp_path / "sft", "--epochs", 1,
-         "--batch_size", 12, ranks=2)
+    flags = f"--model {run}/sft/model --data {run}/train.jsonl {TINY} --max_plan_tokens 30"
+    flags += " --steps 2 --eval_every 2 --eval_size 5 --lr 1e-4"
+    flags += " --dynamic_sampling --dynamic_rounds 2"
+    said = call(f"grpo.py --out {tmp_path}/two --questions 4 {flags}", ranks=2)
+    assert said.count("step 2/2") == 1 and len(lines(tmp_path / "two/metrics.jsonl")) == 2
+    refused = call(f"grpo.py --out {tmp_path}/odd --questions 5 {flags}", ranks=2, ok=False)
+    assert "--questions must be a multiple of the 2 ranks" in refused
+    flags = f"--model {run}/model --data {run}/plans.jsonl --epochs 1 --batch_size 12"
+    call(f"sft.py --out {tmp_path}/sft {flags}", ranks=2)
     assert (tmp_path / "sft/model/model.safetensors").exists()
 
 
+# --------------------------------------------------------------------------------------------------
+# Ranks that fail, and runs that meet
+
+FAILING = """
+import time
+from pathlib import Path
+from grpo import Config
+from plumbing import signals
+from plumbing.folder import check_run, hold, open_run
+from plumbing.ranks import fail, init_distributed, rank
+
+def main():
+{body}
+    fail("no")
+
+signals.guarded(main)
+"""
+
+
 def refuse(tmp_path, body: str, ranks: int, **environment) -> str:
+    """What a script that ends with `fail` says to stderr."""
     script = tmp_path / "refuse.py"
-    script.write_text("import time\nimport checkpoint\nfrom model_utils import fail, rank\n\n"
-                      f"def main():\n    {body}\n    fail('no')\n\ncheckpoint.guarded(main)\n")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] * (ranks > 1)
-    result = subprocess.run([sys.executable, *launcher, script], env={**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
-                            capture_output=True, text=True, timeout=120)
+    indented = "\n".join("    " + line for line in body.splitlines())
+    script.write_text(FAILING.replace("{body}", indented))
+    words = [*f"{TORCHRUN} {ranks}".split() * (ranks > 1), str(script)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment}
+    options = dict(env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, *words], **options)
     assert result.returncode == 1
     return result.stderr
 
@@ -136,153 +174,174 @@ def test_ranks_that_fail_alike_print_one_sentence(tmp_path):
 
 
 def test_overwrite_waits_for_the_slowest_rank_to_be_able_to_start(tmp_path):
-    (tmp_path / "run/step_1").mkdir(parents=True)
-    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
-    (tmp_path / "run/run.json").write_text('{"stage": "training"}')
-    said = refuse(tmp_path, f"""from grpo import Config
-    from model_utils import init_distributed
-    from run_folder import check_run, open_run
-    checkpoint.PATIENCE = 0
-    settings = Config(out={str(tmp_path / "run")!r}, overwrite=True)
-    folder = check_run(settings)
-    init_distributed("cpu")
-    if rank() == 0:  # rank 1 fails alone
-        open_run(folder, settings)""", ranks=2)
-    assert "rank 1: error: no\n" in said
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "run.json", "step_1"]
+    folder = tmp_path / "run"
+    (folder / "step_1").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "run.json").write_text('{"stage": "training"}')
+    body = f"""
+signals.PATIENCE = 0
+settings = Config(out={str(folder)!r}, overwrite=True)
+folder = check_run(settings)
+init_distributed("cpu")
+if rank() == 0:  # rank 1 fails alone
+    open_run(folder, settings)"""
+    assert "rank 1: error: no\n" in refuse(tmp_path, body, ranks=2)
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "run.json", "step_1"}
 
 
 @pytest.fixture
 def locked():
     """locked(path): lock that file as another process would."""
     with contextlib.ExitStack() as stack:
+
         def lock(path):
             path.parent.mkdir(exist_ok=True)
             path.write_text("process 7 on elsewhere\n")
             fcntl.flock(stack.enter_context(open(path)), fcntl.LOCK_EX)
+
         yield lock
 
 
-@pytest.mark.parametrize("script, out, lock, flags", [
-    (grpo, "out", "out/.lock", "--data train.jsonl --steps 1 --questions 4 --max_plan_tokens 30"),
-    (sft, "out", "out/.lock", "--data plans.jsonl --epochs 1 --batch_size 12"),
-    (evaluation, "out", "out/.lock", "--data test.jsonl --n 1 --limit 2"),
-    (distill, "plans.jsonl", ".plans.jsonl.lock", "--data sft.jsonl --teacher rule"),
-], ids=["grpo", "sft", "eval", "distill"])
-@pytest.mark.parametrize("more", [(), ("--overwrite",), ("--resume",)], ids=str)
-def test_a_second_run_is_kept_out(run, tmp_path, monkeypatch, locked, script, out, lock, flags,
-                                  more):
+GRPO_FLAGS = "--model {run}/sft/model --data {run}/train.jsonl --steps 1 --questions 4"
+SFT_FLAGS = "--model {run}/sft/model --data {run}/plans.jsonl --epochs 1 --batch_size 12"
+EVAL_FLAGS = "--model {run}/sft/model --data {run}/test.jsonl --n 1 --limit 2"
+
+
+@pytest.mark.parametrize(
+    "script, out, lock, flags",
+    [
+        (grpo, "out", "out/.lock", f"{GRPO_FLAGS} --max_plan_tokens 30 {TINY}"),
+        (sft, "out", "out/.lock", SFT_FLAGS),
+        (evaluation, "out", "out/.lock", f"{EVAL_FLAGS} {TINY}"),
+        (distill, "plans.jsonl", ".plans.jsonl.lock", "--data {run}/sft.jsonl --teacher rule"),
+    ],
+    ids=["grpo", "sft", "eval", "distill"],
+)
+@pytest.mark.parametrize("more", ["", "--overwrite", "--resume"])
+def test_a_second_run_is_kept_out(
+    run, tmp_path, monkeypatch, locked, script, out, lock, flags, more
+):
     locked(tmp_path / lock)
-    words = [run / word if word.endswith(".jsonl") else word for word in flags.split()]
-    if script is not distill:
-        words += ["--model", run / "sft/model"]
-    if script in (grpo, evaluation):
-        words += TINY
     refusal = "process 7 on elsewhere is writing there .*: wait for it, stop it, or choose another"
     with pytest.raises(SystemExit, match=refusal):
-        main(monkeypatch, script, *words, "--out", tmp_path / out, *more)
+        main(monkeypatch, script, f"{flags.format(run=run)} --out {tmp_path / out} {more}")
     assert {path.name for path in tmp_path.rglob("*")} <= {"out", ".lock", ".plans.jsonl.lock"}
 
 
 def test_all_ranks_end_where_another_run_holds_the_lock(tmp_path, locked):
     locked(tmp_path / "run/.lock")
-    said = refuse(tmp_path, f"""from pathlib import Path
-    from model_utils import barrier, init_distributed
-    from run_folder import hold
-    init_distributed("cpu")
-    try:
-        hold(Path({str(tmp_path / "run/.lock")!r}))
-    except SystemExit:
-        Path({str(tmp_path)!r}, f"refused {{rank()}}").touch()
-        time.sleep(2)
-        raise""", ranks=2)
+    body = f"""
+init_distributed("cpu")
+try:
+    hold(Path({str(tmp_path / "run/.lock")!r}))
+except SystemExit:
+    Path({str(tmp_path)!r}, f"refused {{rank()}}").touch()
+    time.sleep(2)
+    raise"""
+    said = refuse(tmp_path, body, ranks=2)
     assert said.count("error: process 7 on elsewhere is writing there") == 1
     assert len(list(tmp_path.glob("refused *"))) == 2
 
 
 def test_a_rank_that_fails_alone_speaks_for_itself(tmp_path):
-    assert refuse(tmp_path, "checkpoint.PATIENCE = 0", ranks=1, RANK="3") == "rank 3: error: no\n"
+    said = refuse(tmp_path, "signals.PATIENCE = 0", ranks=1, RANK="3")
+    assert said == "rank 3: error: no\n"
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 def test_eval_writes_records_and_summary(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(run / "sft/model"), "--data", str(run / "test.jsonl"), "--out",
-                                      str(tmp_path / "e"), "--n", "4", "--limit", "10", *TINY])
-    evaluation.main()
-    records, summary = lines(tmp_path / "e/records.jsonl"), json.loads((tmp_path / "e/summary.json").read_text())
+    out = tmp_path / "e"
+    flags = f"--model {run}/sft/model --data {run}/test.jsonl --out {out} --n 4 --limit 10 {TINY}"
+    main(monkeypatch, evaluation, flags)
+    records, summary = lines(out / "records.jsonl"), json.loads((out / "summary.json").read_text())
     assert len(records) == 10 and all(len(r["samples"]) == 4 for r in records)
-    assert summary["accuracy"] == pytest.approx(sum(s["correct"] for r in records for s in r["samples"]) / 40)
+    right = sum(s["correct"] for r in records for s in r["samples"])
+    assert summary["accuracy"] == pytest.approx(right / 40)
     assert "95 % interval" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="already holds results"):
         evaluation.main()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one sentence that names the remedy, before a model is loaded
+
 
 @pytest.fixture
 def bad(run, tmp_path, monkeypatch):
-    def refuse(*flags, script=grpo):
-        monkeypatch.setattr(script, "load_sharded" if script is grpo else "load_model",
-                            lambda *a, **k: pytest.fail("a model was loaded first"))
-        defaults = {"--model": run / "sft/model", "--data": run / "train.jsonl", "--out": tmp_path / "out",
-                    "--max_completion_tokens": 60, "--max_plan_tokens": 30}
-        if script is evaluation:
-            del defaults["--max_plan_tokens"]
-        defaults.update(zip(flags[::2], flags[1::2]))
-        monkeypatch.setattr(sys, "argv", ["x", *[str(word) for pair in defaults.items() for word in pair]])
+    """bad(flags): what grpo.py or another script says to them."""
+
+    def refuse(flags, script=grpo):
+        load = "load_sharded" if script is grpo else "load_model"
+        monkeypatch.setattr(script, load, lambda *a, **k: pytest.fail("a model was loaded first"))
+        words = f"--model {run}/sft/model --data {run}/train.jsonl --out {tmp_path}/out"
+        words += " --max_completion_tokens 60" + " --max_plan_tokens 30" * (script is grpo)
         with pytest.raises(SystemExit) as stop:
-            script.main()
+            main(monkeypatch, script, f"{words} {flags}")  # the last of two equal flags counts
         message = str(stop.value)
         assert "\n" not in message
         return message
+
     return refuse
 
 
-@pytest.mark.parametrize("flags, message", [
-    (("--model", "nowhere/at/all/model"), "no model at 'nowhere/at/all/model'"),
-    (("--data", "nowhere.jsonl"), "no data at 'nowhere.jsonl'"),
-    (("--questions", 0), "--questions must be >= 1, not 0"),
-    (("--mini_batches", 5), "do not divide into --mini_batches 5; choose a divisor of 1536"),
-    (("--max_plan_tokens", 0), "set --cots 1"),
-    (("--max_plan_tokens", 60), "leaves no room in --max_completion_tokens 60"),
-    (("--max_completion_tokens", 5000), "do not fit the model's context of 512; lower --max_completion_tokens"),
-    (("--max_prompt_tokens", 3), "longer than --max_prompt_tokens 3; raise it"),
-    (("--loss_agg", "mean"), "--loss_agg is token, sequence or constant"),
-    (("--schedule", "sine"), "--schedule is constant, linear or cosine"),
-    (("--temperature", 0), "--temperature must be > 0, not 0"),
-    (("--plans", 1, "--cots", 1), "a group of one completion has no baseline"),
-])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--model nowhere/at/all/model", "no model at 'nowhere/at/all/model'"),
+        ("--data nowhere.jsonl", "no data at 'nowhere.jsonl'"),
+        ("--questions 0", "--questions must be >= 1, not 0"),
+        ("--mini_batches 5", "--mini_batches must divide 1536"),
+        ("--max_plan_tokens 0", "set --cots 1"),
+        ("--max_plan_tokens 60", "--max_plan_tokens must be below --max_completion_tokens"),
+        ("--overlong_buffer 61", "--overlong_buffer is above the completion limit"),
+        (
+            "--max_completion_tokens 5000",
+            "do not fit the model's context of 512; lower --max_completion_tokens",
+        ),
+        ("--max_prompt_tokens 3", "longer than --max_prompt_tokens 3; raise it"),
+        ("--loss_agg mean", "--loss_agg: invalid choice: 'mean' (choose from 'token', 'sequence',"),
+        ("--schedule sine", "--schedule: invalid choice: 'sine' (choose from 'constant', 'linear'"),
+        ("--shard_within rack", "--shard_within: invalid choice: 'rack' (choose from 'world', 'no"),
+        ("--temperature 0", "--temperature must be > 0, not 0"),
+        ("--plans 1 --cots 1", "a group of one completion has no baseline"),
+    ],
+)
 def test_grpo_refuses(bad, flags, message):
-    assert message in bad(*flags)
+    assert message in bad(flags)
 
 
 def test_bad_data_is_refused_with_its_line(bad, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "1+1"}\n')
-    assert f"{path}, line 2: 'answer' is missing" in bad("--data", path)
+    assert f"{path}, line 2: 'answer' is missing" in bad(f"--data {path}")
     path.write_text("")
-    assert "holds no records" in bad("--data", path, script=evaluation)
+    assert "holds no records" in bad(f"--data {path}", script=evaluation)
 
 
 def test_weights_that_cannot_be_read_are_named_and_the_old_run_stays(run, tmp_path, monkeypatch):
-    shutil.copytree(run / "sft/model", tmp_path / "model")
-    weights = tmp_path / "model/model.safetensors"
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(run / "sft/model", model)
+    weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    (tmp_path / "out/step_1").mkdir(parents=True)
-    (tmp_path / "out/metrics.jsonl").write_text("{}\n")
-    (tmp_path / "out/run.json").write_text('{"stage": "training"}')
-    command = ["--model", tmp_path / "model", "--data", run / "train.jsonl", "--out", tmp_path / "out", "--overwrite",
-               "--questions", 4, "--max_plan_tokens", 30, *TINY]
-    said = call("grpo.py", *command, ranks=2, ok=False)
+    (out / "step_1").mkdir(parents=True)
+    (out / "metrics.jsonl").write_text("{}\n")
+    (out / "run.json").write_text('{"stage": "training"}')
+    flags = f"--model {model} --data {run}/train.jsonl --out {out} --overwrite"
+    flags += f" --questions 4 --max_plan_tokens 30 {TINY}"
+    said = call(f"grpo.py {flags}", ranks=2, ok=False)
     assert said.count("error: no usable weights at") == 1 and "rank 0 failed" not in said
-    monkeypatch.setattr(grpo, "StopSignal", object)
-    with pytest.raises(SystemExit, match="no usable weights at .*; copy the model's files there again"):
-        main(monkeypatch, grpo, *command)
-    assert (tmp_path / "out/metrics.jsonl").exists() and (tmp_path / "out/step_1").exists()
+    refusal = "no usable weights at .*; copy the model's files there again"
+    with pytest.raises(SystemExit, match=refusal):
+        main(monkeypatch, grpo, flags)
+    assert (out / "metrics.jsonl").exists() and (out / "step_1").exists()
 
 
 def test_a_model_folder_without_chat_template_gets_the_plain_one(tmp_path, capsys):
     from model_utils import encode_prompt, load_tokenizer
+
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     make_model(tokenizer, width=16, layers=1, heads=2).save_pretrained(tmp_path)
@@ -295,11 +354,14 @@ def test_no_flags_and_no_gpu_names_the_demo():
     for script in ("grpo.py", "sft.py"):
         message = call(script, ok=False)
         assert "make demo" in message and "Traceback" not in message
-    assert "unknown flag --stepz; did you mean --steps" in call("grpo.py", "--stepz", 3, ok=False)
+    assert "unknown flag --stepz; did you mean --steps" in call("grpo.py --stepz 3", ok=False)
+
+
+PAPER = """plans 4  cots 3  beta 0.5  tau 1.0  alpha 0.1  kl_coef 0.01  clip_low 0.2  lr 1e-06
+weight_decay 0.01  questions 128  steps 350"""
 
 
 def test_help_lists_the_settings_of_the_paper():
-    text = call("grpo.py", "--help")
-    for flag, default in (("plans", "4"), ("cots", "3"), ("beta", "0.5"), ("tau", "1.0"), ("alpha", "0.1"), ("kl_coef", "0.01"),
-                          ("clip_low", "0.2"), ("lr", "1e-06"), ("weight_decay", "0.01"), ("questions", "128"), ("steps", "350")):
+    text, words = call("grpo.py --help"), PAPER.split()
+    for flag, default in zip(words[::2], words[1::2]):
         assert f"--{flag} " in text and f"[{default}]" in text

@@ -1,4 +1,6 @@
-"""Problem records: from JSONL, toy, and data sets in small files of the hub's schema, loaded through `datasets`."""
+"""Problem records: from JSONL, toy, and data sets in small files of the hub's schema."""
+
+import functools
 import json
 import re
 import sys
@@ -8,12 +10,29 @@ from collections import Counter
 import pytest
 
 from data import sources
-from data.sources import (SOURCES, Overlap, clean_gold, gradable, last_boxed, load_records, parse_name, read_hub, split_cot,
-                          subset, unwrap)
+from data.sources import (
+    SOURCES,
+    Overlap,
+    clean_gold,
+    gradable,
+    load_gradable,
+    load_records,
+    parse_name,
+    read_hub,
+    split_cot,
+    subset,
+    unwrap,
+)
+from data.toy import make_tokenizer
+from model_utils import encode_prompt
+from plumbing.answers import last_box
+
+WITH_COT = ("problem", "answer", "solution")
 
 
 def write(path, lines):
-    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(text + "\n" for text in texts))
     return str(path)
 
 
@@ -25,38 +44,52 @@ def test_jsonl_round_trip(tmp_path):
     assert load_records(path) == [GOOD, {"id": "p-1", "problem": "2 + 2 = ?", "answer": "4"}]
 
 
-@pytest.mark.parametrize("line, reason", [
-    ("{oops", "line 2: not JSON"),
-    ('{"problem": "x", "answer": NaN}', "line 2: not JSON (NaN is no JSON number); mend or remove"),
-    ('{"problem": "x", "answer": "1", "d": -Infinity}', "line 2: not JSON (-Infinity is no JSON number)"),
-    ('{"problem": "x", "answer": 1e999}', "line 2: 'answer' is inf"),
-    ('{"problem": "x", "answer": %s}' % ("9" * 5000), "line 2: not JSON"),
-    ("[1, 2]", "line 2: want one JSON object a line, found a list"),
-    ({"problem": "x"}, "line 2: 'answer' is missing"),
-    ({"problem": "x", "answer": ""}, "line 2: 'answer' is empty"),
-    ({"problem": "x", "answer": None}, "line 2: 'answer' is None"),
-    ({"problem": ["x"], "answer": "1"}, "line 2: 'problem' is"),
-    ({"id": "a", "problem": "x", "answer": "1"}, "line 2: the id 'a' stands twice"),
-])
+NAN = "not JSON (NaN is no JSON number); mend or remove the line"
+BAD_LINES = [
+    ("{oops", "not JSON"),
+    ('{"problem": "x", "answer": NaN}', NAN),
+    (
+        '{"problem": "x", "answer": "1", "difficulty": -Infinity}',
+        "not JSON (-Infinity is no JSON number)",
+    ),
+    ('{"problem": "x", "answer": 1e999}', "'answer' is inf"),
+    ('{"problem": "x", "answer": %s}' % ("9" * 5000), "not JSON"),
+    ("[1, 2]", "want one JSON object per line, not a list"),
+    ({"problem": "x"}, "'answer' is missing"),
+    ({"problem": "x", "answer": ""}, "'answer' is empty"),
+    ({"problem": "x", "answer": None}, "'answer' is None"),
+    ({"problem": ["x"], "answer": "1"}, "'problem' is"),
+    ({"id": "a", "problem": "x", "answer": "1"}, "the id 'a' occurs twice"),
+]
+
+
+@pytest.mark.parametrize("line, reason", BAD_LINES)
 def test_a_malformed_record_is_refused_with_file_line_and_reason(tmp_path, line, reason):
     path = write(tmp_path / "bad.jsonl", [GOOD, line])
     with pytest.raises(SystemExit) as stop:
         load_records(path)
-    assert f"{path}, {reason}" in str(stop.value) and "\n" not in str(stop.value)
+    assert f"{path}, line 2: {reason}" in str(stop.value) and "\n" not in str(stop.value)
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     path = tmp_path / "latin1.jsonl"
     line = '{"problem": "Où est %s?", "answer": "1"}\n'
     path.write_bytes((line % "Zürich").encode() + (line % "Genève").encode("latin-1"))
-    with pytest.raises(SystemExit, match=f"{path}, line 2: not UTF-8; convert .*iconv -f LATIN1"):
+    reason = f"{path}, line 2: not UTF-8; convert the file .*iconv -f LATIN1"
+    with pytest.raises(SystemExit, match=reason):
         load_records(str(path))
     path.write_bytes((line % "Zürich").encode())
     assert load_records(str(path))[0]["problem"] == "Où est Zürich?"
 
 
-@pytest.mark.parametrize("name, reason", [("nowhere.jsonl", "no data at 'nowhere.jsonl'"), ("toy:dev", "splits train"),
-                                          ("someone/unknown", "give a JSONL file, toy")])
+UNKNOWN = {
+    "nowhere.jsonl": "no data at 'nowhere.jsonl'",
+    "toy:dev": "splits train",
+    "someone/unknown": "give a JSONL file, toy",
+}
+
+
+@pytest.mark.parametrize("name, reason", UNKNOWN.items())
 def test_unknown_names(name, reason):
     with pytest.raises(SystemExit, match=reason):
         load_records(name)
@@ -80,87 +113,197 @@ def test_toy_splits():
     assert load_records("toy:test", limit=3)[0]["id"].startswith("toy-test")
 
 
-@pytest.mark.parametrize("text, box", [("\\boxed{a{b}c}", "a{b}c"), ("\\boxed{1} \\boxed{2}", "2"), ("none", None),
-                                       ("\\boxed{never closed", None)])
-def test_last_boxed(text, box):
-    assert last_boxed(text) == box
+BOXES = {
+    r"\boxed{a{b}c}": "a{b}c",
+    r"\boxed{1} \boxed{2}": "2",
+    "none": None,
+    r"\boxed{never closed": None,
+}
 
 
-@pytest.mark.parametrize("gold, clean", [
-    ("025", "25"), ("-007", "-7"), ("000", "0"), ("0.50", "0.50"), ("1,007", "1007"), (r"12,\!345", "12345"), ("1,234,567.5", "1234567.5"),
-    ("1,23", "1,23"), ("12, 345", "12, 345"), ("3 + 4 = 7\n#### 1,007", "1007"), (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    ("$\\frac{1}{2}$", r"\frac{1}{2}"), (r"336^\circ", "336"), (r"60^{\circ}", "60"), ("90°", "90"), (r"x^\circ", r"x^\circ"),
-    (["$2$", "3"], "2, 3"), (["(1, 2)"], "(1, 2)"), ([], ""), (27.0, "27"), (0.5, "0.5"), (7, "7"), (None, ""), ("  ", ""),
-    (r"\text{Yes}", r"\text{Yes}"),
-])
+@pytest.mark.parametrize("text, box", BOXES.items())
+def test_the_last_box_is_the_answer_of_a_solution(text, box):
+    assert last_box(text) == box
+
+
+GOLDS = [
+    ("025", "25"), ("-007", "-7"), ("000", "0"), ("0.50", "0.50"), (27.0, "27"), (0.5, "0.5"),
+    ("1,007", "1007"), (r"12,\!345", "12345"), ("1,234,567.5", "1234567.5"), ("1,23", r"\{1,23\}"),
+    ("12, 345", r"\{12, 345\}"),
+    ("3 + 4 = 7\n#### 1,007", "1007"), (7, "7"), (None, ""), ("  ", ""),
+    (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"), ("$\\frac{1}{2}$", r"\frac{1}{2}"),
+    (r"336^\circ", "336"), (r"60^{\circ}", "60"), ("90°", "90"), (r"x^\circ", r"x^\circ"),
+    (["$2$", "3"], r"\{2, 3\}"), ("1,-2", r"\{1,-2\}"),
+    (r"\boxed{\frac{1}{2}, 3}", r"\{\frac{1}{2}, 3\}"),
+    ("1,234", "1234"), (["x", "y"], "x, y"), (r"x = 1, 2", "x = 1, 2"),
+    (["(1, 2)"], "(1, 2)"), ([], ""), (r"\text{Yes}", r"\text{Yes}"),
+]
+
+
+@pytest.mark.parametrize("gold, clean", GOLDS)
 def test_clean_gold(gold, clean):
     assert clean_gold(gold) == clean
 
 
+def wrapped(thought, solution):
+    """As OpenThoughts wraps a chain of thought."""
+    thought = f"<|begin_of_thought|>\n\n{thought}\n\n<|end_of_thought|>"
+    return f"{thought}\n\n<|begin_of_solution|>\n{solution}\n<|end_of_solution|>"
+
+
 def test_three_ways_to_wrap_a_chain_of_thought():
-    assert split_cot("<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\nso 4\n<|end_of_solution|>") == ("hm", "so 4")
+    assert split_cot(wrapped("hm", "so 4")) == ("hm", "so 4")
     assert split_cot("<think>\nhm\n</think>\n\nso 4") == ("hm", "so 4")
     assert split_cot("hm\n</think>\n\nso 4") == ("hm", "so 4")
     assert split_cot("hm") == ("hm", "")
 
 
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
-        "(without quotes) where $Answer is the answer to the problem.\n\n{}\n\nRemember to put your answer on its own line after \"Answer:\".")
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{}"
+    '\n\nRemember to put your answer on its own line after "Answer:".'
+)
 
 
 def test_prompt_wrappers_are_stripped():
     assert unwrap(DAPO.format("Find x.\n\nGiven y.")) == "Find x.\n\nGiven y."
     assert unwrap("Return your final response within \\boxed{}. Find x.") == "Find x."
-    assert unwrap("Find x. Please reason step by step, and put your final answer within \\boxed{}.") == "Find x."
-    assert unwrap("Solve the following math problem step by step.") == "Solve the following math problem step by step."
+    after = "Please reason step by step, and put your final answer within \\boxed{}."
+    assert unwrap(f"Find x. {after}") == "Find x."
+    alone = "Solve the following math problem step by step."
+    assert unwrap(alone) == alone
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Every data set, from files with its columns and the hub's folders. name: (file, rows, records)
+# --------------------------------------------------------------------------------------------------
+# Every data set, from files with its columns and the hub's folders
 
-COT = "<|begin_of_thought|>\n\nhm\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\nthus \\boxed{4}\n<|end_of_solution|>"
-GPQA = {"Question": "Which?", "Correct Answer": "right\n", "Incorrect Answer 1": "w1", "Incorrect Answer 2": "w2", "Incorrect Answer 3": "w3"}
-CASES = {
-    "openthoughts": ("metadata/train-00000-of-00001.parquet", [
-        {"problem": "Return your final response within \\boxed{}. 2 + 2?", "domain": "math", "deepseek_reasoning": " hm ", "source": "s",
-         "deepseek_solution": "so \\boxed{5}", "ground_truth_solution": "thus \\boxed{3} or \\boxed{4}.", "test_cases": None, "starter_code": None},
-        {"problem": "code", "domain": "code", "deepseek_reasoning": "x", "deepseek_solution": "y", "ground_truth_solution": None},
-        {"problem": "proof", "domain": "math", "deepseek_reasoning": "x", "deepseek_solution": "no box", "ground_truth_solution": None}],
-        [{"id": "openthoughts-0", "problem": "2 + 2?", "answer": "4", "solution": "hm"}]),
-    "openthoughts3": ("data/train-00000-of-00001.parquet", [
-        {"difficulty": 7, "source": "s", "domain": d, "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": v}]}
-        for d, v in (("math", "<think>\nhm\n</think>\n\n\\boxed{4}"), ("math", "<think>\nhm again\n</think>\n\n\\boxed{4}"),
-                     ("code", "<think>\nhm\n</think>\n\nx"))],
-        [{"id": "openthoughts3-0", "problem": "2 + 2?", "answer": "4", "solution": "hm"}]),
-    "deepmath": ("data/train-00000-of-00002.parquet", [
-        {"question": "q", "final_answer": "\\frac{1}{2}", "difficulty": 5.0, "topic": "t", "r1_solution_1": "Let me see.\n</think>\nSo 1/2.",
-         "r1_solution_2": "b", "r1_solution_3": "c"},
-        {"question": " Q ", "final_answer": "7", "difficulty": 8.0, "topic": "t", "r1_solution_1": "x</think>y", "r1_solution_2": "", "r1_solution_3": ""}],
-        [{"id": "deepmath-0", "problem": "q", "answer": "\\frac{1}{2}", "difficulty": 5.0, "solution": "Let me see."}]),
-    "dapo17k": ("data/dapo-math-17k.parquet", [
-        {"data_source": "d", "prompt": [{"content": DAPO.format(q), "role": "user"}], "ability": "MATH",
-         "reward_model": {"ground_truth": "034", "style": "rule"}, "extra_info": {"index": str(i)}} for i, q in enumerate(["Find x.", "Find x.", "Find y."])],
-        [{"id": "dapo17k-0", "problem": "Find x.", "answer": "34"}, {"id": "dapo17k-2", "problem": "Find y.", "answer": "34"}]),
-    "deepscaler": ("deepscaler.json", [{"problem": "q", "answer": "x^2", "solution": "s"}],
-                   [{"id": "deepscaler-0", "problem": "q", "answer": "x^2", "solution": "s"}]),
-    "gsm8k": ("main/train-00000-of-00001.parquet", [{"question": "q", "answer": "3 + <<3+4=7>>4 = 7\n#### 1,007"}],
-              [{"id": "gsm8k-0", "problem": "q", "answer": "1007", "solution": "3 + <<3+4=7>>4 = 7"}]),
-    "math500": ("test.jsonl", [{"problem": "q", "solution": "s", "answer": "\\pi", "subject": "Algebra", "level": 2, "unique_id": "u"}] * 2,
-                [{"id": f"math500-{i}", "problem": "q", "answer": "\\pi"} for i in (0, 1)]),  # a benchmark keeps its rows
-    "aime24": ("data/train-00000-of-00001.parquet", [{"id": 60, "problem": "q", "solution": "s", "answer": "025", "url": "u", "year": "2024"}],
-               [{"id": "aime24-0", "problem": "q", "answer": "25"}]),
-    "aime25": ("test.jsonl", [{"problem": "q", "answer": "336^\\circ", "id": "0"}], [{"id": "aime25-0", "problem": "q", "answer": "336"}]),
-    "amc23": ("data/test-00000-of-00001.parquet", [{"id": 0, "question": "q", "answer": 27.0, "url": "u"}],
-              [{"id": "amc23-0", "problem": "q", "answer": "27"}]),
-    "minerva": ("test.jsonl", [{"question": "q", "answer": "4.5e33"}], [{"id": "minerva-0", "problem": "q", "answer": "4.5e33"}]),
-    "olympiadbench": ("OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet", [
-        {"id": 1, "question": "q", "final_answer": ["$2$", "$-3$"], "is_multiple_answer": True, "unit": None}],
-        [{"id": "olympiadbench-0", "problem": "q", "answer": "2, -3"}]),
-    "mmlu_pro": ("data/test-00000-of-00001.parquet", [
-        {"question_id": 1, "question": "Which?", "options": list("abcdefghij"), "answer": "J", "answer_index": 9, "category": "physics"}],
-        [{"id": "mmlu_pro-0", "problem": "Which?\n\n" + "\n".join(f"({x.upper()}) {x}" for x in "abcdefghij")
-          + "\n\nAnswer with the letter of the right option.", "answer": "J"}]),
+
+def case(file, rows, **expected):
+    """A file, its rows and the records they become: `gsm8k_0=(problem, answer, solution)`."""
+    fields = ("problem", "answer", "solution", "difficulty")
+    records = []
+    for id, values in expected.items():
+        records.append({"id": "-".join(id.rsplit("_", 1)), **dict(zip(fields, values))})
+    return file, rows, records
+
+
+def openthoughts(problem, domain, thought, solution, ground_truth, **more):
+    row = {"problem": problem, "domain": domain, "deepseek_reasoning": thought}
+    return {**row, "deepseek_solution": solution, "ground_truth_solution": ground_truth, **more}
+
+
+def openthoughts3(domain, reply):
+    turns = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": reply}]
+    return {"difficulty": 7, "source": "s", "domain": domain, "conversations": turns}
+
+
+def deepmath(question, answer, difficulty, *thoughts):
+    row = {"question": question, "final_answer": answer, "difficulty": difficulty, "topic": "t"}
+    return {**row, **{f"r1_solution_{i}": text for i, text in enumerate(thoughts, 1)}}
+
+
+def dapo(index, question):
+    row = {"data_source": "d", "ability": "MATH", "extra_info": {"index": str(index)}}
+    prompt = [{"content": DAPO.format(question), "role": "user"}]
+    return {**row, "prompt": prompt, "reward_model": {"ground_truth": "034", "style": "rule"}}
+
+
+BOXED = "Return your final response within \\boxed{}. 2 + 2?"
+UNUSED = {"source": "s", "test_cases": None, "starter_code": None}
+TRUTH = "thus \\boxed{3} or \\boxed{4}."
+GPQA = {
+    "Question": "Which?",
+    "Correct Answer": "right\n",
+    "Incorrect Answer 1": "w1",
+    "Incorrect Answer 2": "w2",
+    "Incorrect Answer 3": "w3",
 }
+MATH500 = {"problem": "q", "solution": "s", "answer": "\\pi", "subject": "Algebra", "level": 2}
+AIME24 = {"id": 60, "problem": "q", "solution": "s", "answer": "025", "url": "u", "year": "2024"}
+OLYMPIAD = {"id": 1, "question": "q", "final_answer": ["$2$", "$-3$"], "is_multiple_answer": True}
+MMLU = {"question_id": 1, "question": "Which?", "options": list("abcdefghij"), "answer": "J"}
+MMLU_OPTIONS = "\n".join(f"({x.upper()}) {x}" for x in "abcdefghij")
+
+CASES = {
+    "openthoughts": case(
+        "metadata/train-00000-of-00001.parquet",
+        [
+            openthoughts(BOXED, "math", " hm ", "so \\boxed{5}", TRUTH, **UNUSED),
+            openthoughts("code", "code", "x", "y", None),
+            openthoughts("proof", "math", "x", "no box", None),
+        ],
+        openthoughts_0=("2 + 2?", "4", "hm"),
+    ),
+    "openthoughts3": case(
+        "data/train-00000-of-00001.parquet",
+        [
+            openthoughts3("math", "<think>\nhm\n</think>\n\n\\boxed{4}"),
+            openthoughts3("math", "<think>\nhm again\n</think>\n\n\\boxed{4}"),
+            openthoughts3("code", "<think>\nhm\n</think>\n\nx"),
+        ],
+        openthoughts3_0=("2 + 2?", "4", "hm"),
+    ),
+    "deepmath": case(
+        "data/train-00000-of-00002.parquet",
+        [
+            deepmath("q", "\\frac{1}{2}", 5.0, "Let me see.\n</think>\nSo 1/2.", "b", "c"),
+            deepmath(" Q ", "7", 8.0, "x</think>y", "", ""),
+        ],
+        deepmath_0=("q", "\\frac{1}{2}", "Let me see.", 5.0),
+    ),
+    "dapo17k": case(
+        "data/dapo-math-17k.parquet",
+        [dapo(i, question) for i, question in enumerate(["Find x.", "Find x.", "Find y."])],
+        dapo17k_0=("Find x.", "34"),
+        dapo17k_2=("Find y.", "34"),
+    ),
+    "deepscaler": case(
+        "deepscaler.json",
+        [{"problem": "q", "answer": "x^2", "solution": "s"}],
+        deepscaler_0=("q", "x^2", "s"),
+    ),
+    "gsm8k": case(
+        "main/train-00000-of-00001.parquet",
+        [{"question": "q", "answer": "3 + <<3+4=7>>4 = 7\n#### 1,007"}],
+        gsm8k_0=("q", "1007", "3 + <<3+4=7>>4 = 7"),
+    ),
+    "math500": case(  # a benchmark keeps its rows
+        "test.jsonl",
+        [{**MATH500, "unique_id": "u"}] * 2,
+        math500_0=("q", "\\pi"),
+        math500_1=("q", "\\pi"),
+    ),
+    "aime24": case("data/train-00000-of-00001.parquet", [AIME24], aime24_0=("q", "25")),
+    "aime25": case(
+        "test.jsonl",
+        [{"problem": "q", "answer": "336^\\circ", "id": "0"}],
+        aime25_0=("q", "336"),
+    ),
+    "amc23": case(
+        "data/test-00000-of-00001.parquet",
+        [{"id": 0, "question": "q", "answer": 27.0, "url": "u"}],
+        amc23_0=("q", "27"),
+    ),
+    "minerva": case(
+        "test.jsonl", [{"question": "q", "answer": "4.5e33"}], minerva_0=("q", "4.5e33")
+    ),
+    "olympiadbench": case(
+        "OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
+        [{**OLYMPIAD, "unit": None}],
+        olympiadbench_0=("q", r"\{2, -3\}"),
+    ),
+    "mmlu_pro": case(
+        "data/test-00000-of-00001.parquet",
+        [{**MMLU, "answer_index": 9, "category": "physics"}],
+        mmlu_pro_0=(
+            f"Which?\n\n{MMLU_OPTIONS}\n\nAnswer with the letter of the right option.", "J"
+        ),
+    ),
+}
+
+
+def without_cots(records):
+    return [{k: v for k, v in record.items() if k != "solution"} for record in records]
 
 
 def store(folder, file, rows):
@@ -169,6 +312,7 @@ def store(folder, file, rows):
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
+
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -180,28 +324,33 @@ def test_data_sets_from_local_folders(tmp_path, name):
     file, rows, expected = CASES[name]
     store(tmp_path, file, rows)
     if name == "gsm8k":  # the folder of another config lies beside it
-        store(tmp_path, "socratic/train-00000-of-00001.parquet", [{"question": "other", "answer": "#### 1"}])
-    if name == "deepmath":
-        store(tmp_path, "data/train-00001-of-00002.parquet", [{**rows[1], "question": "q"}, rows[1]])  # rows 2 and 3, both seen before
-    fields = ("problem", "answer") + ("solution",) * ("solution" in expected[0])
+        other = [{"question": "other", "answer": "#### 1"}]
+        store(tmp_path, "socratic/train-00000-of-00001.parquet", other)
+    if name == "deepmath":  # rows 2 and 3 have both been seen before
+        seen = [{**rows[1], "question": "q"}, rows[1]]
+        store(tmp_path, "data/train-00001-of-00002.parquet", seen)
+    has_cots = "solution" in expected[0]
+    fields = WITH_COT if has_cots else ("problem", "answer")
     records = load_records(f"{name}={tmp_path}", fields)
     if name == "deepmath":
         assert [r["id"] for r in records] == ["deepmath-0"]
     assert records == expected
-    if "solution" in fields:  # long chains of thought are not held in memory unless asked for
-        assert load_records(f"{name}={tmp_path}") == [{k: v for k, v in r.items() if k != "solution"} for r in expected]
+    if has_cots:  # long chains of thought are not held in memory unless asked for
+        assert load_records(f"{name}={tmp_path}") == without_cots(expected)
 
 
 def test_default_config_of_openthoughts(tmp_path):
-    row = {"system": "Your role …", "conversations": [{"from": "user", "value": "Return your final response within \\boxed{}. 2 + 2?"},
-                                                     {"from": "assistant", "value": COT}]}
+    turns = [{"from": "user", "value": BOXED}]
+    turns.append({"from": "assistant", "value": wrapped("hm", "thus \\boxed{4}")})
+    row = {"system": "Your role …", "conversations": turns}
     store(tmp_path, "data/train-00000-of-00001.parquet", [row])
-    assert load_records(f"openthoughts={tmp_path}", ("problem", "answer", "solution")) == [
-        {"id": "openthoughts-0", "problem": "2 + 2?", "answer": "4", "solution": "hm"}]
+    expected = {"id": "openthoughts-0", "problem": "2 + 2?", "answer": "4", "solution": "hm"}
+    assert load_records(f"openthoughts={tmp_path}", WITH_COT) == [expected]
 
 
 def test_gpqa_options_are_shuffled_the_same_way_every_time(tmp_path):
-    store(tmp_path, "gpqa_diamond.csv".replace("csv", "jsonl"), [{**GPQA, "Question": f"Which {i}?"} for i in range(40)])
+    rows = [{**GPQA, "Question": f"Which {i}?"} for i in range(40)]
+    store(tmp_path, "gpqa_diamond.jsonl", rows)
     records = load_records(f"gpqa_diamond={tmp_path}")
     assert records == load_records(f"gpqa_diamond={tmp_path}")
     assert all(f"({r['answer']}) right\n" in r["problem"] for r in records)
@@ -211,28 +360,31 @@ def test_gpqa_options_are_shuffled_the_same_way_every_time(tmp_path):
 def test_every_name_of_the_documentation_is_covered():
     assert set(CASES) | {"gpqa_diamond"} == set(SOURCES)
     assert parse_name("openai/gsm8k:test") == parse_name("gsm8k:test") == ("gsm8k", "test", "")
-    assert parse_name("gsm8k:test=some/folder") == ("gsm8k", "test", "some/folder") and parse_name("gsm9k") is None
+    assert parse_name("gsm8k:test=some/folder") == ("gsm8k", "test", "some/folder")
+    assert parse_name("gsm9k") is None
     for source in SOURCES.values():
         assert re.fullmatch("[0-9a-f]{40}", source.revision)
 
 
 def test_columns_of_another_revision_are_refused_in_one_sentence(tmp_path):
     store(tmp_path, "test.jsonl", [{"Problem": "q", "Answer": "1"}])
-    with pytest.raises(SystemExit, match="aime25, row 0: not of the expected form|cannot load aime25") as stop:
+    reason = "aime25, row 0: not of the expected form|cannot load aime25"
+    with pytest.raises(SystemExit, match=reason) as stop:
         load_records(f"aime25={tmp_path}")
     assert "\n" not in str(stop.value)
 
 
 def test_limit_of_a_stream_is_a_fixed_random_subset_in_order(tmp_path):
-    store(tmp_path, "data/train-00000-of-00001.parquet", [{"question": f"q{i}", "final_answer": str(i), "difficulty": i % 10 / 1.0,
-                                                           "r1_solution_1": "s</think>"} for i in range(300)])
+    rows = [deepmath(f"q{i}", str(i), i % 10 / 1.0, "s</think>") for i in range(300)]
+    store(tmp_path, "data/train-00000-of-00001.parquet", rows)
     name = f"deepmath={tmp_path}"
     drawn = [int(r["answer"]) for r in load_records(name, limit=30, seed=1)]
     assert len(drawn) == 30 and drawn == sorted(drawn) and drawn[-1] > 150
     assert drawn == [int(r["answer"]) for r in load_records(name, limit=30, seed=1)]
     assert drawn != [int(r["answer"]) for r in load_records(name, limit=30, seed=2)]
     assert len(load_records(name, limit=999)) == 300
-    hard = list(read_hub(parse_name(name), difficulty=(8, float("inf")), dropped=(dropped := Counter())))
+    dropped = Counter()
+    hard = list(read_hub(parse_name(name), difficulty=(8, float("inf")), dropped=dropped))
     assert len(hard) == 60 and dropped == {"difficulty outside the range": 240}
 
 
@@ -249,61 +401,83 @@ def test_memory_does_not_grow_with_the_data():
         high = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return high
+
     assert peak(4000) < 1.5 * peak(400)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decontamination
 
-TEXT = "Every morning Aya goes for a nine kilometer long walk and stops at a coffee shop afterwards to rest"
+TEXT = (
+    "Every morning Aya goes for a nine kilometer long walk and stops at a coffee shop afterwards "
+    "to rest"
+)
+BOILERPLATE = "where m and n are relatively prime positive integers find the sum of m and n now"
 
 
 def test_overlap_by_hand():
-    evaluation = [{"id": "e1", "problem": TEXT}, {"id": "e2", "problem": "What is $1+1$?"},
-                  *({"id": f"b{i}", "problem": f"Case {i}: where m and n are relatively prime positive integers find the sum of m and n now"} for i in range(3))]
+    evaluation = [{"id": "e1", "problem": TEXT}, {"id": "e2", "problem": "What is $1+1$?"}]
+    for i in range(3):
+        evaluation.append({"id": f"b{i}", "problem": f"Case {i}: {BOILERPLATE}"})
     overlap = Overlap(evaluation, n=13)
-    assert overlap.find("t1", "Once upon a time: " + TEXT.upper().replace(" ", ",  ") + " and so on.")  # case, punctuation, space
-    assert overlap.report[0] == {"id": "t1", "evaluation": "e1", "problem": overlap.report[0]["problem"],
-                                 "shared": "every morning aya goes for a nine kilometer long walk and stops at"}
-    assert not overlap.find("t2", " ".join(TEXT.split()[:12]))  # twelve words in a row are not thirteen
-    assert overlap.find("t3", "what is 1+1") and not overlap.find("t4", "what is 1+1 and 2+2")  # short ones: as a whole
-    assert not overlap.find("t5", "Case 9: where m and n are relatively prime positive integers find the sum of m and n now")
+    shouted = TEXT.upper().replace(" ", ",  ")  # case, punctuation and space do not matter
+    problem = f"Once upon a time: {shouted} and so on."
+    assert overlap.find("t1", problem)
+    shared = "every morning aya goes for a nine kilometer long walk and stops at"
+    entry = {"id": "t1", "evaluation": "e1", "problem": problem, "shared": shared}
+    assert overlap.report[0] == entry
+    assert not overlap.find("t2", " ".join(TEXT.split()[:12]))  # twelve words are not thirteen
+    assert overlap.find("t3", "what is 1+1")  # short ones: as a whole
+    assert not overlap.find("t4", "what is 1+1 and 2+2")
+    assert not overlap.find("t5", f"Case 9: {BOILERPLATE}")
     assert [entry["id"] for entry in overlap.report] == ["t1", "t3"]
 
 
 def test_preparing_a_file_with_a_report(tmp_path, monkeypatch, capsys):
-    rows = [(TEXT + " and leave", "1", 6.0), ("easy", "2", 1.0), ("kept", "025", 6.0), ("KEPT ", "25", 6.0), ("no gold", "", 6.0)]
-    store(tmp_path / "deep", "data/train-00000-of-00001.parquet",
-          [{"question": q, "final_answer": a, "difficulty": d, "r1_solution_1": "s</think>"} for q, a, d in rows])
+    rows = [(TEXT + " and leave", "1", 6.0), ("easy", "2", 1.0), ("kept", "025", 6.0)]
+    rows += [("KEPT ", "25", 6.0), ("no gold", "", 6.0)]
+    rows = [deepmath(*row, "s</think>") for row in rows]
+    store(tmp_path / "deep", "data/train-00000-of-00001.parquet", rows)
     store(tmp_path / "aime", "test.jsonl", [{"problem": TEXT, "answer": "1", "id": "0"}])
     out = tmp_path / "data/train.jsonl"
-    words = ["sources", f"deepmath={tmp_path / 'deep'}", "--out", str(out), "--min_difficulty", "5", "--decontaminate", f"aime25={tmp_path / 'aime'}"]
-    monkeypatch.setattr(sys, "argv", words)
+    words = ["sources", f"deepmath={tmp_path / 'deep'}", "--out", str(out)]
+    flags = ["--min_difficulty", "5", "--decontaminate", f"aime25={tmp_path / 'aime'}"]
+    monkeypatch.setattr(sys, "argv", words + flags)
     sources.main()
-    assert load_records(str(out)) == [{"id": "deepmath-2", "problem": "kept", "answer": "25", "difficulty": 6.0}]
+    kept = {"id": "deepmath-2", "problem": "kept", "answer": "25", "difficulty": 6.0}
+    assert load_records(str(out)) == [kept]
     report = json.loads(out.with_suffix(".report.json").read_text())
-    assert report["kept"] == 1 and report["dropped"] == {"overlap with an evaluation set": 1, "difficulty outside the range": 1,
-                                                         "duplicate": 1, "no answer": 1}
-    assert report["overlaps"][0]["id"] == "deepmath-0" and report["overlaps"][0]["evaluation"] == "aime25-0"
+    assert report["kept"] == 1
+    assert report["dropped"] == {
+        "overlap with an evaluation set": 1,
+        "difficulty outside the range": 1,
+        "duplicate": 1,
+        "no answer": 1,
+    }
+    [overlap] = report["overlaps"]
+    assert overlap["id"] == "deepmath-0" and overlap["evaluation"] == "aime25-0"
     with pytest.raises(SystemExit, match="pass --overwrite"):
         sources.main()
-    monkeypatch.setattr(sys, "argv", ["sources", words[1], "--out", str(out), "--overwrite", "--min_difficulty", "11"])
+    monkeypatch.setattr(sys, "argv", [*words, "--overwrite", "--min_difficulty", "11"])
     with pytest.raises(SystemExit, match="no record of deepmath.*widen the filters"):
         sources.main()
     assert len(load_records(str(out))) == 1  # the old file stays
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The hub itself
+
 
 def test_no_network_is_one_sentence_with_a_remedy(monkeypatch):
     import datasets
 
     def load_dataset(*args, **kwargs):
         raise ConnectionError("Couldn't reach the hub\nlong trace")
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name in SOURCES:
-        with pytest.raises(SystemExit, match=rf"cannot load {name} .*HF_HOME.*{name}=FOLDER.*JSONL") as stop:
+        sentence = rf"cannot load {name} .*HF_HOME.*{name}=FOLDER.*JSONL"
+        with pytest.raises(SystemExit, match=sentence) as stop:
             load_records(name)
         assert "\n" not in str(stop.value)
     with pytest.raises(SystemExit, match="no folder nowhere"):
@@ -314,7 +488,9 @@ def test_a_gated_data_set_says_so(monkeypatch):
     import datasets
 
     def load_dataset(*args, **kwargs):
-        raise datasets.exceptions.DatasetNotFoundError("Dataset 'x' is a gated dataset on the Hub. Visit the page")
+        said = "Dataset 'x' is a gated dataset on the Hub. Visit the page"
+        raise datasets.exceptions.DatasetNotFoundError(said)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(SystemExit, match="accept its terms on its page and set HF_TOKEN"):
         load_records("gpqa_diamond")
@@ -322,30 +498,38 @@ def test_a_gated_data_set_says_so(monkeypatch):
 
 def test_hub_data_comes_from_the_pinned_commit(monkeypatch):
     import datasets
+
     calls = []
 
     def load_dataset(name, config, **options):
         calls.append((name, config, options))
         return datasets.Dataset.from_list([{"question": "q", "answer": "a\n#### 5", "extra": 1}])
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert load_records("openai/gsm8k:test", ("problem", "answer", "solution")) == [
-        {"id": "gsm8k-0", "problem": "q", "answer": "5", "solution": "a"}]
-    assert calls == [("openai/gsm8k", "main", {"split": "test", "revision": SOURCES["gsm8k"].revision})]
+    expected = {"id": "gsm8k-0", "problem": "q", "answer": "5", "solution": "a"}
+    assert load_records("openai/gsm8k:test", WITH_COT) == [expected]
+    options = {"split": "test", "revision": SOURCES["gsm8k"].revision}
+    assert calls == [("openai/gsm8k", "main", options)]
 
 
 def test_ungradable_golds_of_hub_data_are_left_out_and_counted(tmp_path, capsys):
-    from data.toy import make_tokenizer
-    from grpo import load_questions
-    rows = [{"problem": "A ?", "answer": a, "id": str(i)} for i, a in enumerate(["1", "\\frac{1}{", "2", "\\frac{1}{"])]
+    encode = functools.partial(encode_prompt, make_tokenizer())
+    load = lambda name: load_gradable(name, encode, max_prompt_tokens=100, limit=0, seed=0)
+    golds = ["1", "\\frac{1}{", "2", "\\frac{1}{"]
+    rows = [{"problem": "A ?", "answer": gold, "id": str(i)} for i, gold in enumerate(golds)]
     store(tmp_path, "test.jsonl", rows)
-    kept = load_questions(f"aime25={tmp_path}", make_tokenizer(), 100, 0, 0)
+    kept = load(f"aime25={tmp_path}")
     assert [p["id"] for p in kept] == ["aime25-0", "aime25-2"]
     assert "2 of 4 records left out" in capsys.readouterr().out
-    kept, dropped = [{"id": str(i), "answer": answer} for i, answer in enumerate(["1", "\\frac{1}{", "x+1"])], Counter()
-    assert [r["id"] for r in gradable(kept, dropped)] == ["0", "2"] and dropped == {"gold that cannot be graded": 1}
+    kept = [{"id": str(i), "answer": gold} for i, gold in enumerate(["1", "\\frac{1}{", "x+1"])]
+    dropped = Counter()
+    assert [r["id"] for r in gradable(kept, dropped)] == ["0", "2"]
+    assert dropped == {"gold that cannot be graded": 1}
+    # A user's own file is to be mended.
     own = write(tmp_path / "own.jsonl", [{"id": "x", "problem": "A ?", "answer": "\\frac{1}{"}])
-    with pytest.raises(SystemExit, match="1 of 1 answers cannot be graded, the first in record x: "):  # a user's own file is to be mended
-        load_questions(own, make_tokenizer(), 100, 0, 0)
+    reason = "1 of 1 answers cannot be graded, the first in record x: "
+    with pytest.raises(SystemExit, match=reason):
+        load(own)
     store(tmp_path / "all", "test.jsonl", rows[1:2])
     with pytest.raises(SystemExit, match="no record of aime25"):
-        load_questions(f"aime25={tmp_path / 'all'}", make_tokenizer(), 100, 0, 0)
+        load(f"aime25={tmp_path / 'all'}")

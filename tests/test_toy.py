@@ -1,25 +1,38 @@
 """The embedded task: arithmetic by hand, splits, reproducibility, the tokenizer's round trip."""
+
 import hashlib
 import json
 
 import pytest
 from transformers import AutoTokenizer
 
-from data.toy import (evaluate_facts, make_model, make_problems, make_tokenizer, needed, plan_of, split_of,
-                      write_solution)
+from data.toy import (
+    evaluate_facts,
+    make_model,
+    make_problems,
+    make_tokenizer,
+    needed,
+    plan_of,
+    split_of,
+    write_solution,
+)
 
 FACTS = {"A": ("4",), "F": ("A", "+", "2"), "B": ("9",), "D": ("B", "-", "A"), "C": ("A", "+", "F")}
 
 
 def test_values_needs_solution_and_plan_by_hand():
-    assert evaluate_facts(FACTS) == {"A": 4, "F": 6, "B": 9, "D": 5, "C": 0}  # 4 + 6 = 10, last digit 0
+    values = evaluate_facts(FACTS)
+    assert values == {"A": 4, "F": 6, "B": 9, "D": 5, "C": 0}  # 4 + 6 = 10, last digit 0
     assert needed(FACTS, "C") == ["A", "F", "C"] and needed(FACTS, "D") == ["B", "A", "D"]
     solution = write_solution(FACTS, ["A", "F", "C"])
     assert solution == "A = 4 ; F = A + 2 = 4 + 2 = 6 ; C = A + F = 4 + 6 = 0"
     assert plan_of(solution) == "C needs A F ; F needs A ; A needs nothing"
 
 
-@pytest.mark.parametrize("text", ["", "First we add.", "A = 4 ; then F", "A = 4 ; F = A + 2 = 4 + 2"])
+OTHER_TEXTS = ["", "First we add.", "A = 4 ; then F", "A = 4 ; F = A + 2 = 4 + 2"]
+
+
+@pytest.mark.parametrize("text", OTHER_TEXTS)
 def test_plan_of_refuses_other_texts(text):
     with pytest.raises(ValueError, match="not a linked-quantities solution"):
         plan_of(text)
@@ -30,13 +43,14 @@ def test_solutions_end_in_the_answer_and_full_ones_compute_everything_needed():
         steps = record["solution"].split(" ; ")
         assert steps[-1][-1] == record["answer"] and steps[-1][0] == record["problem"][-3]
         known = {}
-        for step in steps:  # an independent reading of the CoT: every step uses computed values, and is right
+        # An independent reading of the CoT: every step uses computed values, and is right.
+        for step in steps:
             name, formula, *rest = step.split(" = ")
             if rest:
                 values = " ".join(str(known.get(word, word)) for word in formula.split())
                 left, sign, right = values.split()
-                assert rest[0] == values
-                assert int(rest[1]) == (int(left) + int(right) if sign == "+" else int(left) - int(right)) % 10
+                result = int(left) + int(right) if sign == "+" else int(left) - int(right)
+                assert rest[0] == values and int(rest[1]) == result % 10
             known[name] = int(step[-1])
 
 
@@ -47,9 +61,11 @@ def test_terse_solutions_are_right_but_leave_steps_out():
         """Whether a computed step uses a quantity that no step computes."""
         names = [step[0] for step in record["solution"].split(" ; ")]
         facts = dict(fact.split(" = ") for fact in record["problem"].split(" ; ")[:-1])
-        return not {word for name in names for word in facts[name].split() if word.isalpha()} <= set(names)
+        used = {word for name in names for word in facts[name].split() if word.isalpha()}
+        return not used <= set(names)
 
-    assert not any(map(leaves_out, full)) and sum(map(leaves_out, terse)) > 200  # the others have no step to spare
+    assert not any(map(leaves_out, full))
+    assert sum(map(leaves_out, terse)) > 200  # the others have no step to spare
     assert all(record["solution"][-1] == record["answer"] for record in terse)
     mean = lambda records: sum(len(r["solution"]) for r in records) / len(records)
     assert mean(terse) < mean(full)
@@ -63,12 +79,14 @@ def test_splits_share_no_problem_and_a_shuffled_copy_stays_in_its_split():
                 key = " ; ".join(sorted(record["problem"].split(" ; ")))
                 assert seen.setdefault(key, split) == split
     facts, target = "A = 4 ; F = A + 2 ; B = 9".split(" ; "), "F ?"
-    assert len({split_of(" ; ".join([*order, target])) for order in (facts, facts[::-1], facts[1:] + facts[:1])}) == 1
+    orders = facts, facts[::-1], facts[1:] + facts[:1]
+    assert len({split_of(" ; ".join([*order, target])) for order in orders}) == 1
 
 
 def test_difficulty_is_the_number_of_facts():
     for low, high in ((4, 4), (5, 6)):
-        counts = {record["problem"].count(";") for record in make_problems("test", 100, facts=(low, high))}
+        records = make_problems("test", 100, facts=(low, high))
+        counts = {record["problem"].count(";") for record in records}
         assert counts == set(range(low, high + 1))
 
 
@@ -87,10 +105,10 @@ def test_tokenizer_is_word_level_and_survives_a_qwen2_folder(tmp_path):
     text = "<plan>\nC needs A\n</plan>\n<think>\nA = 4\n</think>\n<answer>\n\\boxed{4}\n</answer>"
     ids = loaded.encode(text)
     assert loaded.unk_token_id not in ids and len(ids) == 13
-    assert loaded.decode(ids) == "<plan> C needs A </plan> <think> A = 4 </think> <answer> \\boxed{ 4 } </answer>"
-    prompt = loaded.apply_chat_template([{"role": "system", "content": "never mind"},
-                                         {"role": "user", "content": "A = 4 ; A ?"}],
-                                        add_generation_prompt=True, tokenize=False)
+    decoded = "<plan> C needs A </plan> <think> A = 4 </think> <answer> \\boxed{ 4 } </answer>"
+    assert loaded.decode(ids) == decoded
+    turns = [{"role": "system", "content": "no"}, {"role": "user", "content": "A = 4 ; A ?"}]
+    prompt = loaded.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert prompt == "<|user|> A = 4 ; A ? <|end|> <|assistant|> "
     assert loaded.unk_token_id not in loaded.encode(prompt)
 
@@ -98,5 +116,6 @@ def test_tokenizer_is_word_level_and_survives_a_qwen2_folder(tmp_path):
 def test_what_the_task_cannot_give_is_refused():
     with pytest.raises(ValueError, match="a problem has 1 to 6 facts, not 6 to 5"):
         make_problems("train", 1, facts=(6, 5))
-    with pytest.raises(ValueError, match="different problems of 1 to 1 facts, not 100: ask for fewer"):
+    too_many = "different problems of 1 to 1 facts, not 100: ask for fewer"
+    with pytest.raises(ValueError, match=too_many):
         make_problems("train", 100, facts=(1, 1))

@@ -1,0 +1,174 @@
+"""What grpo.py records of a step: metrics, rollouts in rollouts.jsonl, and one printed question.
+
+`groups` are grpo.Group: a question and its rollouts. `micros` are grpo.MicroBatch.
+"""
+
+import math
+
+import torch
+
+from plumbing.answers import GRADER_COUNTS, grader_stats, plan_leaks
+from plumbing.ranks import all_sum, gather0, print0
+
+# bf16 rounding explains a smaller difference of sampler and trainer (mean |difference of logprobs|
+# per token). At a larger one the sampler probably holds old weights.
+MAX_SAMPLER_GAP = 0.1
+SHOWN = (  # the metrics of grpo.py's console line
+    "reward", "accuracy", "eval_accuracy", "kl", "clip_frac", "entropy", "completion_tokens",
+    "truncated", "zero_variance", "grad_norm", "tokens_per_s", "seconds",
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def step_metrics(groups: list, rewards: dict, updates: list[dict], device) -> dict[str, float]:
+    """The figures of one step, over all ranks. `rewards`: (N, m, z) each. A collective."""
+    metrics = rollout_metrics(groups, rewards, device)
+    for name in updates[0]:
+        metrics[name] = sum(update[name] for update in updates) / len(updates)
+    metrics["sampler_gap"] = updates[0]["sampler_gap"]  # later updates have left the sampler behind
+    metrics["skipped"] = sum(not math.isfinite(update["grad_norm"]) for update in updates)
+    if metrics["sampler_gap"] > MAX_SAMPLER_GAP:
+        print0(
+            f"warning: sampler and trainer differ by {metrics['sampler_gap']:.2g} nats per token: "
+            "does the sampler hold old weights, or compute something else?"
+        )
+    stats = grader_stats(reset=True)
+    counts = all_sum(torch.tensor([float(stats[name]) for name in GRADER_COUNTS], device=device))
+    for name, count in zip(GRADER_COUNTS, counts.tolist()):
+        metrics[f"grader_{name}"] = int(count)
+    tokens = torch.tensor(float(rewards["lengths"].sum()), device=device)
+    return {**metrics, "tokens": float(all_sum(tokens))}
+
+
+def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> dict[str, float]:
+    """Means over the completions of all ranks; of each reward term also its mean group std."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    closed = [r for r in rollouts if r.plan_tokens]
+    leaks = [
+        plan_leaks(r.text.partition("<plan>")[2].partition("</plan>")[0], group.question["answer"])
+        for group in groups
+        for r in group.rollouts
+        if r.well_formed
+    ]
+    total = rewards["total"].flatten(1)  # (N, G)
+    same = total.amax(1) - total.amin(1) < 1e-6 if len(total) else total  # (N,)
+    sums = {  # name -> (sum, count) of this rank
+        "reward": (total.sum(), total.numel()),
+        "accuracy": (rewards["correct"].sum(), total.numel()),
+        "plan_score": (sum(r.correct for r in closed), len(closed)),
+        "plan_leaks": (sum(leaks), len(leaks)),
+        "format_rate": (rewards["well_formed"].sum(), total.numel()),
+        "completion_tokens": (rewards["lengths"].sum(), total.numel()),
+        "plan_tokens": (sum(r.plan_tokens for r in closed), len(closed)),
+        "truncated": (sum(not r.stopped for r in rollouts), total.numel()),
+        "zero_variance": (same.sum(), len(total)),
+    }
+    for name in ("outcome", "plan", "structure", "length", "overlong"):
+        if name in rewards:
+            term = rewards[name].flatten(1)  # (N, G)
+            label = "length_reward" if name == "length" else name
+            spread = term.std(1, correction=0).sum() if len(term) else 0
+            sums[label] = (term.sum(), term.numel())
+            sums[f"{label}_spread"] = (spread, len(term))
+    pairs = torch.tensor([[float(a), float(b)] for a, b in sums.values()], device=device)
+    return {name: a / max(b, 1) for name, (a, b) in zip(sums, all_sum(pairs).tolist())}
+
+
+# --------------------------------------------------------------------------------------------------
+# Logged rollouts
+
+
+def rollout_records(groups: list, rewards: dict, minis: list, tokenizer, detailed: int) -> list:
+    """The step's plan trees, of all ranks on rank 0, as records for rollouts.jsonl. A collective.
+
+    The first `detailed` questions of each rank carry token_record's figures. Prints one question.
+    """
+    note_tokens([micro for mini in minis for micro in mini])
+    records = []
+    for n, group in enumerate(groups):
+        records.append(rollout_record(group, rewards, n, tokenizer if n < detailed else None))
+    records = gather0(records)
+    if records:
+        show_record(records[0])
+    return records
+
+
+def note_tokens(micros: list):
+    """Copy what the update saw of each token to the rollouts. Those without a loss get nothing."""
+    for micro in micros:
+        for row, rollout in enumerate(micro.rollouts):
+            mask = micro.packed.mask[row]
+            rollout.entropy = micro.entropy[row][mask].tolist()
+            if micro.ref_logprobs is not None:
+                log_ratio = micro.sampler_logprobs[row] - micro.ref_logprobs[row]
+                rollout.log_ratio = log_ratio[mask].tolist()
+
+
+def token_record(tokenizer, rollout, text: str) -> dict:
+    """What each token of a completion looked like to the policy.
+
+    `width`: how many characters of `text` each token covers, leading blanks included. A stop token
+    covers 0; of tokens that share a character, the last one covers it. In hundredths, since
+    integers keep the log small: `surprise` (-logprob of the sampler), `entropy`, and `log_ratio`
+    (logprob minus the reference's). The last two are missing where the update did not compute them.
+    A figure that is not finite, of a diverged policy, is None.
+    """
+    widths, at = [], 0
+    for piece in tokenizer.batch_decode([[token] for token in rollout.ids]):
+        found = text.find(piece.strip(), at, at + len(piece) + 8) if piece.strip() else at
+        end = at if found < 0 else found + len(piece.strip())
+        widths.append(end - at)
+        at = end
+    surprise = [-x for x in rollout.logprobs]
+    values = {"surprise": surprise, "entropy": rollout.entropy, "log_ratio": rollout.log_ratio}
+    record = {"width": widths}
+    for name, figures in values.items():
+        if figures:
+            record[name] = [round(100 * x) if math.isfinite(x) else None for x in figures]
+    return record
+
+
+def rollout_record(group, rewards: dict, index: int, tokenizer=None) -> dict:
+    """The log's view of one question: its m plans, each with z completions and their reward terms.
+
+    `index` is the question's row in `rewards`. With a tokenizer, each completion carries
+    `token_record`'s figures.
+    """
+    names = ("total", "outcome", "plan", "structure", "length", "overlong")
+    _, plans, cots = rewards["total"].shape
+    records = []
+    for i in range(plans):
+        completions = []
+        for k, rollout in enumerate(group.rollouts[i * cots : (i + 1) * cots]):
+            terms = {n: round(float(rewards[n][index, i, k]), 4) for n in names if n in rewards}
+            completion = {
+                "text": rollout.text,
+                "tokens": len(rollout.ids),
+                "truncated": not rollout.stopped,
+                "correct": rollout.correct,
+                "well_formed": rollout.well_formed,
+                "reward": terms,
+                "advantage": round(rollout.advantage, 4),
+            }
+            if tokenizer is not None:
+                completion["per_token"] = token_record(tokenizer, rollout, rollout.text)
+            completions.append(completion)
+        score = float(rewards["correct"][index, i].float().mean())
+        records.append({"score": score, "completions": completions})
+    question = {name: group.question[name] for name in ("id", "problem", "answer")}
+    return {**question, "plans": records}
+
+
+def show_record(record: dict):
+    """Print one question with its best plan, one completion of it, and the reward terms."""
+    best = max(record["plans"], key=lambda plan: plan["score"])
+    completion = best["completions"][0]
+    terms = "  ".join(f"{name} {value:.2f}" for name, value in completion["reward"].items())
+    lines = [f"question   {record['problem'][:300]}", f"gold       {record['answer']}"]
+    lines += [f"completion {line}" for line in completion["text"][:1200].splitlines()]
+    advantage = completion["advantage"]
+    lines.append(f"plan score {best['score']:.2f}   {terms}   advantage {advantage:+.2f}")
+    print0("\n".join(f"  | {line}" for line in lines))

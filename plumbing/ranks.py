@@ -1,0 +1,114 @@
+"""torch.distributed for one process or many. With one process the same calls do nothing."""
+
+import contextlib
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def fail(message: str):
+    """End the program with one sentence and exit code 1. (`signals.guarded` prints it once.)"""
+    raise SystemExit(f"error: {message}")
+
+
+def require(condition, message: str):
+    """Fail with the message unless the condition holds."""
+    if not condition:
+        fail(message)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def init_distributed(device: str = "auto") -> torch.device:
+    """Join the process group that torchrun describes, and return this rank's device.
+
+    The group uses nccl on GPUs and gloo on CPUs. A single GPU gets a group of one, so that it runs
+    the same FSDP2 code as eight. A single CPU gets none.
+    """
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # cuDNN's attention makes a plan per shape, and packed batches keep changing shape.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not dist.is_initialized() and (cuda or "RANK" in os.environ):
+        alone = "RANK" not in os.environ
+        group = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
+        backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
+        # A rank waits for the one with the longest rollout: ten minutes, the default, are too few.
+        dist.init_process_group(backend, timeout=timedelta(hours=1), **group)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def device_mesh(device: torch.device, shard_within: str):
+    """All ranks in a row ("world"), or nodes x ranks per node ("node")."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    ranks = dist.get_world_size()
+    if shard_within == "world":
+        return init_device_mesh(device.type, (ranks,))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    names = ("replicate", "shard")
+    return init_device_mesh(device.type, (ranks // local, local), mesh_dim_names=names)
+
+
+def print0(*args):
+    """Print on rank 0, above a progress bar if one is on the screen."""
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # a terminal that is gone must not stop a run
+            tqdm.write(" ".join(map(str, args)))
+            sys.stdout.flush()
+
+
+def progress(total: int, done: int, name: str, unit: str = "step") -> tqdm:
+    """A progress bar on rank 0; none on other ranks, and none where the output is no terminal."""
+    hidden = None if rank() == 0 else True
+    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden)
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks of a tensor of any shape. The input is not changed."""
+    values = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_max(value: int, device) -> int:
+    """Largest value of any rank."""
+    value = torch.tensor(value, device=device)
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def gather0(items: list) -> list:
+    """The ranks' lists, joined in rank order, on rank 0; an empty list on the others."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(items, parts)
+    return [item for part in parts or [] for item in part]
+
+
+def all_gather(item) -> list:
+    """Each rank's `item`, in rank order, on every rank."""
+    parts = [item] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, item)
+    return parts
+
+
+def barrier():
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
