@@ -71,7 +71,8 @@ class Config(TrainingFlags):
     loss_agg: Literal["token", "sequence", "constant"] = "token"  # denominator: see token_weights
     clip_low: float = 0.2  # clip the ratio below 1 - clip_low (<= 1)
     clip_high: float = 0.2  # clip the ratio above 1 + clip_high (DAPO: 0.28)
-    kl_coef: float = 0.01  # weight of the k3 KL term; 0 loads no reference model
+    kl_coef: float = 0.01  # weight of the KL term; 0 loads no reference model
+    kl_ratio: bool = True  # KL estimate: ratio times k3; false: k3 alone, as in the first GRPO
     dynamic_sampling: bool = False  # DAPO: replace groups that are all right or all wrong
     dynamic_rounds: int = 4  # with dynamic sampling, at most this many rollouts per step (>= 1)
     mask_truncated: bool = False  # no loss on completions cut at their limit (rewards still count)
@@ -92,7 +93,7 @@ class Config(TrainingFlags):
     eval_size: int = 200  # held-out problems, at most a tenth of --data; 0: none
     eval_every: int = 25  # steps between evaluations; 0: none
     show_every: int = 10  # steps between printed and logged rollouts; 0: none
-    show_tokens: int = 16  # in a logged step, questions per rank whose tokens carry figures
+    token_log_questions: int = 16  # in a logged step, questions per rank whose tokens carry figures
     save_every: int = 50  # steps between checkpoints; 0: only the model at the end
 
     def check(self):
@@ -300,25 +301,24 @@ def policy_loss(
     (B, T-1), not averaged, 0 outside the mask; and metrics summed over tokens: clip_frac counts
     the tokens whose gradient the clip cuts off.
     """
-    if advantages.ndim == 1:
-        advantages = advantages[:, None]
+    advantages = advantages.reshape(len(mask), -1)
     # Mask before exp: padding would give inf, and 0 * inf is NaN in the backward pass.
     ratio = torch.where(mask, logprobs - old_logprobs, 0.0).float().exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
-    cut = (ratio * advantages > clipped * advantages) & mask
-    return loss * mask, {"clip_frac": cut.sum()}
+    return loss * mask, {"clip_frac": ((ratio * advantages > clipped * advantages) & mask).sum()}
 
 
-def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
+def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, old_logprobs=None) -> torch.Tensor:
     """Schulman's k3 estimate of KL(pi || pi_ref): r - 1 - log r with r = pi_ref / pi. (B, T-1)
 
-    On policy its value is unbiased, and never negative. Differentiated as part of the loss, as here
-    and in the original GRPO, its gradient is that of the forward KL(pi_ref || pi); the two agree
-    near pi = pi_ref.
+    Alone, its value is unbiased on policy only, and its gradient is that of the forward KL. Times
+    pi / pi_old, not detached, value and gradient are those of KL(pi || pi_ref), off policy, too
+    (arXiv 2506.09477). That needs `old_logprobs`.
     """
     log_ratio = (ref_logprobs - logprobs).float()
-    return log_ratio.exp() - 1 - log_ratio
+    k3 = log_ratio.exp() - 1 - log_ratio  # 0 outside the mask, where all logprobs are 0
+    return k3 if old_logprobs is None else (logprobs - old_logprobs).float().exp() * k3
 
 
 def token_weights(
@@ -410,8 +410,8 @@ def update(model, optimizer, micros: list[MicroBatch], config: Config, lr: float
         old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
         clip = config.clip_low, config.clip_high
         loss, metrics = policy_loss(logprobs, old, micro.advantages, mask, *clip)
-        ref = micro.ref_logprobs
-        kl = torch.zeros_like(loss) if ref is None else kl_k3(logprobs, ref)
+        ref, sampled = micro.ref_logprobs, old if config.kl_ratio else None
+        kl = torch.zeros_like(loss) if ref is None else kl_k3(logprobs, ref, sampled)
         loss = ((loss + config.kl_coef * kl) * micro.weights).sum()
         (loss * world_size()).backward()  # FSDP averages gradients over ranks; this loss is a sum
         micro.entropy = entropy if micro.entropy is None else micro.entropy
@@ -510,7 +510,7 @@ def main():
             metrics["eval_accuracy"] = greedy_accuracy(model, tokenizer, held_out, config)
         run.log({**metrics, "lr": lr, "rounds": rounds}, shown=SHOWN)
         if run.is_due(config.show_every):
-            records = rollout_records(groups, rewards, minis, tokenizer, config.show_tokens)
+            records = rollout_records(groups, rewards, minis, tokenizer, config.token_log_questions)
             run.write("rollouts.jsonl", records)
         run.end_step()
     run.finish()

@@ -379,6 +379,30 @@ def test_kl_k3_value_and_mean():
     assert mean == pytest.approx(exact, rel=1e-5)  # unbiased under pi
 
 
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_kl_in_expectation_over_a_whole_vocabulary(on_policy):
+    """Value and gradient against KL(pi || pi_ref): exact means over what pi_old may sample."""
+    torch.manual_seed(1)
+    logits = torch.randn(6, dtype=torch.double, requires_grad=True)
+    logprobs, ref = logits.log_softmax(-1), torch.randn(6, dtype=torch.double).log_softmax(-1)
+    other = (logits.detach() + torch.randn(6, dtype=torch.double)).log_softmax(-1)
+    old = logprobs.detach() if on_policy else other
+    exact = (logprobs.exp() * (logprobs - ref)).sum()
+    divergence = float(exact.detach())
+    wanted, = torch.autograd.grad(exact, logits, retain_graph=True)
+
+    def value_and_error(estimate):
+        mean = (old.exp() * estimate.double()).sum()
+        gradient, = torch.autograd.grad(mean, logits, retain_graph=True)
+        return float(mean.detach()), float((gradient - wanted).norm() / wanted.norm())
+
+    value, error = value_and_error(kl_k3(logprobs, ref, old))
+    assert value == pytest.approx(divergence, rel=1e-6) and error < 1e-5
+    value, error = value_and_error(kl_k3(logprobs, ref))  # the original GRPO's form
+    assert error > 0.3
+    assert (value == pytest.approx(divergence, rel=1e-6)) == on_policy
+
+
 def test_token_weights_by_hand():
     mask = torch.tensor([[True, True, True, True], [False, True, True, False]])
     total = torch.full((2, 4), 1 / 10) * mask
@@ -449,9 +473,10 @@ def test_gradient_depends_neither_on_micro_batch_size_nor_on_sharing(loss_agg):
         assert part_metrics["kl"] == pytest.approx(metrics["kl"], rel=1e-4)
 
 
-def test_gradient_equals_a_plain_loop_over_sequences():
+@pytest.mark.parametrize("kl_ratio", [True, False])
+def test_gradient_equals_a_plain_loop_over_sequences(kl_ratio):
     """An independent reference: one sequence at a time, full logits, no masks, no chunks."""
-    config = Config(kl_coef=0.1, temperature=0.8, tokens_per_micro_batch=64)
+    config = Config(kl_coef=0.1, kl_ratio=kl_ratio, temperature=0.8, tokens_per_micro_batch=64)
     ours, _ = gradients(config)
     model, reference, rollouts = make_tiny("qwen2"), nearby_model(), fake_rollouts()
     total = sum(len(r.ids) for r in rollouts)
@@ -460,7 +485,7 @@ def test_gradient_equals_a_plain_loop_over_sequences():
         logprobs = logits.log_softmax(-1)[range(len(r.ids)), r.ids]
         ref = uncached_logprobs(reference, r.prompt, r.ids, 0.8)[range(len(r.ids)), r.ids]
         ratio = (logprobs - logprobs.detach()).exp()
-        kl = (ref - logprobs).exp() - 1 - (ref - logprobs)
+        kl = ((ref - logprobs).exp() - 1 - (ref - logprobs)) * (ratio if kl_ratio else 1)
         ((-ratio * r.advantage + 0.1 * kl).sum() / total).backward()
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, ours[name], atol=1e-5), name
