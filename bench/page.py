@@ -42,7 +42,7 @@ def completion(rng: random.Random, shaded: bool) -> dict:
 def question(rng: random.Random, step: int, number: int) -> str:
     """One line of rollouts.jsonl; every eighth question has per-token figures.
 
-    Of 128 questions these are 16, as with grpo.py's --show_tokens 16.
+    Of 128 questions these are 16, as with grpo.py's --token_log_questions 16.
     """
     plans = []
     for _ in range(PLANS):

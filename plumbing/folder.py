@@ -44,8 +44,8 @@ RESULTS = "records.jsonl", "summary.json"  # what an evaluation writes beside it
 # samples are drawn, but not their distribution.
 FREE_SETTINGS = {
     "out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every",
-    "show_every", "show_tokens", "log", "max_skipped", "tokens_per_micro_batch", "rollout_rows",
-    "shard_within", "activation_checkpointing", "cpu_offload",
+    "show_every", "token_log_questions", "log", "max_skipped", "tokens_per_micro_batch",
+    "rollout_rows", "shard_within", "activation_checkpointing", "cpu_offload",
 }
 
 

@@ -52,7 +52,7 @@ def test_sft_grpo_and_eval(plans, tmp_path, monkeypatch):
     base = ["--model", tmp_path / "start/model", "--data", "toy", "--out", tmp_path / "grpo"]
     flags = """--steps 2 --questions 3 --plans 3 --cots 2 --max_plan_tokens 48 --epochs 2
         --max_completion_tokens 96 --tokens_per_micro_batch 1000 --mini_batches 2 --eval_every 2
-        --eval_size 10 --save_every 1 --show_tokens 1""".split()
+        --eval_size 10 --save_every 1 --token_log_questions 1""".split()
     used = on_gpu("grpo.py", *base, *flags)
     # Steps are captured anew in each rollout.
     assert used["captures"] >= 4 and used["replays"] >= 10 * used["captures"]
