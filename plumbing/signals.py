@@ -117,19 +117,31 @@ def guarded(main):
     except BaseException as error:
         if claim_first_failure():
             message = out_of_memory(error) or f"rank {rank()} failed:\n{traceback.format_exc()}"
+    if message:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(message, file=sys.stderr)
     if orderly:
         close_distributed()
+        flush_screen()
         if world_size() == 1:
             sys.exit(code)
         atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        if message:
-            print(message, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flush_screen()
     # Not by way of the interpreter's end: there a thread of the process group can abort a run whose
     # work is done.
     os._exit(code)
+
+
+def flush_screen():
+    """Write out what has been printed, or drop it if the terminal is gone.
+
+    The interpreter's end would try again, fail, and turn the exit code into 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def why_refused(stop: SystemExit) -> str:

@@ -449,6 +449,21 @@ def test_a_signal_ends_what_may_be_interrupted_and_is_remembered():
     os.kill(os.getpid(), signal.SIGTERM)  # an echo, as torchrun passes it on: not the end
 
 
+def test_a_screen_that_is_gone_does_not_change_the_exit_code():
+    """The last print may fail in the interpreter's end, which then exits with 120."""
+    script = (
+        "from plumbing.ranks import print0; from plumbing.signals import guarded; "
+        "guarded(lambda: print0(input()))"
+    )
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    options = dict(cwd=ROOT, env=buffered, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    run = subprocess.Popen([sys.executable, "-c", script], **options)
+    run.stdout.close()
+    run.stdin.write(b"text for nobody\n")
+    run.stdin.close()
+    assert run.wait(60) == 0
+
+
 def test_a_terminal_that_closes_stops_a_run_with_a_save(start, tmp_path):
     """Its screen is gone, too: what is printed then goes nowhere.
 
