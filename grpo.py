@@ -20,8 +20,9 @@ V vocabulary. Logprobs and masks are (B, T-1): column t is about token t+1.
 """
 
 import random
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -36,7 +37,7 @@ from model_utils import (
     lr_at,
     make_optimizer,
     optimizer_step,
-    plan_end,
+    plan_marks,
     unsharded,
 )
 from plumbing.answers import grade, grader_stats
@@ -45,6 +46,7 @@ from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.log import SHOWN, rollout_records, step_metrics
 from plumbing.memory import dry_run_rl
+from plumbing.plans import credit_metrics, plan_metrics, sibling_weight
 from plumbing.ranks import all_sum, print0, rank, require, world_size
 from plumbing.run import Run
 from plumbing.signals import guarded
@@ -59,7 +61,7 @@ class Config(TrainingFlags):
     # the algorithm
     steps: int = 350  # rollout steps (>= 1)
     questions: int = 128  # questions per step, over all ranks (>= 1)
-    plans: int = 4  # m: plans per question (>= 1)
+    plans: int = 4  # m: plans per question (>= 2)
     cots: int = 3  # z: CoTs per plan (>= 1)
     beta: float = 0.5  # weight of the plan reward (Eq. 4)
     tau: float = 1.0  # temperature of the softmax over plan scores (Eq. 2) (> 0)
@@ -68,6 +70,9 @@ class Config(TrainingFlags):
     correct_only: bool = False  # give the length reward to right completions only
     overlong_buffer: int = 0  # DAPO: penalise this many tokens before the limit; 0: none
     std_norm: bool = True  # divide advantages by the group's std (Eq. 10); false: Dr. GRPO
+    std_of: Literal["total", "outcome"] = "total"  # the reward whose std that is
+    credit: Literal["group", "segment"] = "group"  # Eq. 10, or a baseline each for plans and CoTs
+    within: str = "auto"  # segment: weight of a CoT's siblings in its baseline, 0 to 1, or auto
     loss_agg: Literal["token", "sequence", "constant"] = "token"  # denominator: see token_weights
     clip_low: float = 0.2  # clip the ratio below 1 - clip_low (<= 1)
     clip_high: float = 0.2  # clip the ratio above 1 + clip_high (DAPO: 0.28)
@@ -100,11 +105,12 @@ class Config(TrainingFlags):
         """Refuse what cannot work. The default plan limit is cut to half the completion limit."""
         if self.max_plan_tokens == Config.max_plan_tokens:
             self.max_plan_tokens = min(self.max_plan_tokens, self.max_completion_tokens // 2)
-        ranks, group = world_size(), self.plans * self.cots
-        rows = self.questions // ranks * group  # completions of this rank
+        ranks = world_size()
+        rows = self.questions // ranks * self.plans * self.cots  # completions of this rank
         require(self.questions % ranks == 0, f"--questions must be a multiple of the {ranks} ranks")
         require(rows % self.mini_batches == 0, f"--mini_batches must divide {rows}, a rank's rows")
-        require(group > 1, "a group of one completion has no baseline: raise --plans or --cots")
+        share = self.within == "auto" or re.fullmatch(r"0?\.\d+|[01](\.0*)?", self.within)
+        require(share, f"--within wants a number from 0 to 1, or auto, not {self.within!r}")
         plan, limit = self.max_plan_tokens, self.max_completion_tokens
         require(plan or self.cots == 1, "--max_plan_tokens 0 samples no plans: set --cots 1")
         require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
@@ -121,7 +127,7 @@ class Rollout:
     limits: list[int]  # token limit of each completion that comes of it: z for a plan, else one
     ids: list[int] = field(default_factory=list)  # completion tokens so far, stop token included
     logprobs: list[float] = field(default_factory=list)  # the sampler's, one per token
-    is_plan: bool = False  # a plan; one that is left in a finished tree never closed
+    is_plan: bool = False  # still a plan; in a finished tree, one that never closed
     plan_tokens: int = 0  # length of the plan at the head of ids, once it has closed
     cots: list["Rollout"] = field(default_factory=list)  # the completions that a closed plan became
     stopped: bool = False  # ended by a stop token, not by a limit
@@ -130,7 +136,8 @@ class Rollout:
     text: str = ""
     correct: bool = False
     well_formed: bool = False
-    advantage: float = 0.0
+    plan_advantage: float = 0.0  # of the tokens of a plan that closed
+    advantage: float = 0.0  # of the others
     # for the log, one value per token
     entropy: list[float] = field(default_factory=list)  # of the policy
     log_ratio: list[float] = field(default_factory=list)  # of policy and reference
@@ -141,7 +148,7 @@ class Rollout:
             cot = Rollout(self.prompt, [limit], list(self.ids), list(self.logprobs))
             cot.plan_tokens, cot.slot = len(self.ids), self.slot
             self.cots.append(cot)
-        return self.cots
+        return [cot for cot in self.cots if len(cot.ids) < cot.limits[0]]
 
 
 def keep_top_p(probs: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -168,11 +175,13 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
 def decode(
     model, rollouts: list[Rollout], *, temperature: float, top_p: float, stop_ids: list[int],
     seed: int, max_rows: int = 0, plan_closed: Callable = None, max_plan_tokens: int = 0,
+    plan_opened: Callable = lambda ids: True,
 ):
     """Decode `rollouts` to their ends, one token of every active rollout at a time.
 
     When a plan closes (`plan_closed(ids)`), its z completions take its place. They keep its token
-    ids and a copy of its keys and values, so no plan is decoded or encoded twice.
+    ids and a copy of its keys and values, so no plan is decoded or encoded twice. A plan of
+    `max_plan_tokens` ends: an endless plan gets no CoT.
     """
     generator = torch.Generator(model.device).manual_seed(seed)  # sampling has an RNG of its own
     decoder, active = Decoder(model, rollouts, max_rows), []
@@ -190,7 +199,10 @@ def decode(
                 alive.append(rollout)
             elif plan_closed(rollout.ids):
                 alive += rollout.fork()
-            elif len(rollout.ids) < max_plan_tokens:  # else it ends: an endless plan gets no CoT
+            elif len(rollout.ids) < max_plan_tokens:
+                alive.append(rollout)
+            elif not plan_opened(rollout.ids):  # a completion without a plan has no plan limit
+                rollout.is_plan = False
                 alive.append(rollout)
         active = decoder.keep(alive)
 
@@ -217,19 +229,21 @@ def sample(
 
 
 def sample_tree(
-    model, prompts: list[list[int]], config: Config, *, plan_closed: Callable, stop_ids: list[int],
-    seed: int,
+    model, prompts: list[list[int]], config, *, plan_closed: Callable, stop_ids: list[int],
+    seed: int, plan_opened: Callable = lambda ids: True, top_p: float = 1.0,
 ) -> list[list[Rollout]]:
     """m plans per prompt and z CoTs per plan: N lists of G = m z finished rollouts, plan-major.
 
-    A plan that never closes gets no CoT. It fills its z places itself, as a malformed completion.
+    `config`: this stage's Config or eval.py's. A plan that never closes gets no CoT. It fills its z
+    places itself, as a malformed completion, and so does a completion without a plan.
     """
     m, z, planning = config.plans, config.cots, config.max_plan_tokens > 0
     limits = [config.max_completion_tokens] * z
     roots = [Rollout(prompt, limits, is_plan=planning) for prompt in prompts for _ in range(m)]
-    options = dict(temperature=config.temperature, top_p=1.0, stop_ids=stop_ids, seed=seed)
-    options |= dict(plan_closed=plan_closed, max_plan_tokens=config.max_plan_tokens)
-    decode(model, roots, max_rows=config.rollout_rows, **options)
+    options = dict(temperature=config.temperature, top_p=top_p, stop_ids=stop_ids, seed=seed)
+    options |= dict(plan_closed=plan_closed, plan_opened=plan_opened)
+    options |= dict(max_plan_tokens=config.max_plan_tokens, max_rows=config.rollout_rows)
+    decode(model, roots, **options)
     leaves = [root.cots or [root] * z for root in roots]  # (N m) lists of z
     return [sum(leaves[i:i + m], []) for i in range(0, len(leaves), m)]
 
@@ -250,8 +264,7 @@ def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int]):
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
     for rollout, text in zip(rollouts, texts):
         rollout.text, rollout.well_formed = text, parse_completion(text) is not None
-    # A plan that never closed has no CoT: a box in it would earn the plan full marks.
-    answers = [None if r.is_plan else extract_answer(r.text) for r in rollouts]
+    answers = [extract_answer(r.text) for r in rollouts]
     golds = [group.question["answer"] for group in groups for _ in group.rollouts]
     for rollout, right in zip(rollouts, grade(golds, answers)):
         rollout.correct = right
@@ -268,24 +281,88 @@ def group_rewards(groups: list[Group], config: Config) -> dict[str, torch.Tensor
     options = {name: getattr(config, name) for name in names}
     rewards = total_reward(correct, well_formed, lengths, **options)
     if config.overlong_buffer:
-        limit = config.max_completion_tokens
-        rewards["overlong"] = overlong_penalty(lengths, limit, config.overlong_buffer)
+        # What was cut has met its limit, and so has a plan that was cut at its own.
+        limit, cut = config.max_completion_tokens, torch.tensor([not r.stopped for r in rollouts])
+        met = lengths.masked_fill(cut.reshape(shape), limit)
+        rewards["overlong"] = overlong_penalty(met, limit, config.overlong_buffer)
         rewards["total"] = rewards["total"] + rewards["overlong"]
     return {**rewards, "correct": correct, "well_formed": well_formed, "lengths": lengths}
 
 
-def group_advantages(rewards: torch.Tensor, std_norm: bool = True) -> torch.Tensor:
+def group_std(rewards: torch.Tensor) -> torch.Tensor:
+    """Population std of each group, or 1 where it is 0. (N, G) -> (N, 1)"""
+    std = (rewards - rewards.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
+    return std.masked_fill(std < 1e-6, 1.0)
+
+
+def group_advantages(
+    rewards: torch.Tensor, std_norm: bool = True, std_of: torch.Tensor = None
+) -> torch.Tensor:
     """A = (R - mean) / std over each group, population std (Eq. 10). (N, G) -> (N, G)
 
     All m z completions of a question share one baseline. `std_norm=False` leaves out the division
     by std, which favours questions nearly always or never solved (Dr. GRPO, arXiv 2503.20783).
+    `std_of` (N, G): divide by the std of these instead; a group of equal ones is not divided.
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     if std_norm:
-        centred = centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6)
-    # Equal rewards must give exactly 0. Rounding leaves a std of about 1e-8, so test the range.
+        centred = centred / group_std(rewards if std_of is None else std_of)
+    # Equal rewards must give exactly 0. Rounding leaves about 1e-8, which Adam would scale up.
     equal = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) < 1e-6
     return centred.masked_fill(equal, 0.0)
+
+
+def segment_advantages(
+    returns: torch.Tensor, plan_bonus: torch.Tensor, within: float | None, std_norm: bool,
+    std_of: torch.Tensor = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages of plan tokens (N, m) and of CoT tokens (N, m, z): each has its own baseline.
+
+    `returns` (N, m, z) without the plan reward; `plan_bonus` (N, m) goes to plan tokens only.
+    V_i is the mean return of plan i's CoTs. A plan is compared with the question's other plans:
+        A_plan_i = V_i - mean of V_j over j != i  (+ bonus)
+    A CoT is compared with its siblings, weight w = `within`, and with the other plans:
+        A_cot_ik = r_ik - w mean of r_il over l != k  - (1 - w) mean of V_j over j != i
+    Each baseline leaves out what it judges. So the gradient is unbiased for every m >= 2, z >= 1
+    and w that does not depend on these returns, but for the division by the question's std, of
+    returns or of `std_of` (N, m, z). Eq. 10's shared mean scales plan tokens by (m - 1) / m and CoT
+    tokens by (m z - 1) / (m z). `within` None counts all other completions the same. With z = 1
+    both are RLOO (arXiv 2402.14740). ValueError: m < 2.
+    """
+    _, m, z = returns.shape
+    if m < 2:
+        raise ValueError("segment_advantages wants at least 2 plans: one has no baseline")
+    w = 0.0 if z == 1 else (z - 1) / (m * z - 1) if within is None else within
+    values = returns.mean(2)  # (N, m)
+    others = (values.sum(1, keepdim=True) - values) / (m - 1)  # (N, m)
+    siblings = (returns.sum(2, keepdim=True) - returns) / max(z - 1, 1)  # (N, m, z)
+    plan, cot = values - others, returns - w * siblings - (1 - w) * others[:, :, None]
+    equal = returns.amax((1, 2)) - returns.amin((1, 2)) < 1e-6  # (N,): no rounding residue, either
+    plan = plan.masked_fill(equal[:, None], 0.0) + plan_bonus
+    cot = cot.masked_fill(equal[:, None, None], 0.0)
+    if std_norm:
+        std = group_std((returns if std_of is None else std_of).flatten(1))  # (N, 1)
+        plan, cot = plan / std, cot / std[:, :, None]
+    return plan, cot
+
+
+def advantages(
+    rewards: dict[str, torch.Tensor], config: Config, within: float, beta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages of each completion's plan tokens and of its CoT tokens, (N, m, z) each.
+
+    `beta` is the weight of the plan reward: --beta, or 0 to see what it changes.
+    """
+    returns, plan = rewards["total"] - config.beta * rewards["plan"], beta * rewards["plan"]
+    std_of = rewards["outcome"] if config.std_of == "outcome" else None
+    if config.credit == "group":
+        std_of = None if std_of is None else std_of.flatten(1)
+        both = group_advantages((returns + plan).flatten(1), config.std_norm, std_of)  # (N, G)
+        return both.reshape(returns.shape), both.reshape(returns.shape)
+    bonus = plan[:, :, 0] - plan[:, :, 0].mean(1, keepdim=True)  # (N, m)
+    bonus = bonus.masked_fill(bonus.abs() < 1e-6, 0.0)  # equal scores
+    plan, cot = segment_advantages(returns, bonus, within, config.std_norm, std_of)
+    return plan[:, :, None].expand_as(cot), cot
 
 
 # --------------------------------------------------------------------------------------------------
@@ -345,7 +422,7 @@ class MicroBatch:
     """The rollouts of one forward and backward pass: B sequences of up to T tokens."""
     rollouts: list[Rollout]
     packed: Packed
-    advantages: torch.Tensor  # (B,)
+    advantages: torch.Tensor  # (B, T-1)
     sampler_logprobs: torch.Tensor  # (B, T-1)
     weights: torch.Tensor = None  # (B, T-1)
     old_logprobs: torch.Tensor = None  # (B, T-1) of the policy that sampled; None: the current ones
@@ -358,15 +435,18 @@ def make_micro_batches(rollouts: list[Rollout], config: Config, device) -> list[
     sequences, micros = [r.prompt + r.ids for r in rollouts], []
     for part in micro_batches(sequences, config.tokens_per_micro_batch, device):
         chosen, rows = [rollouts[i] for i in part], [sequences[i] for i in part]
-        # The loss begins after the prompt, or nowhere for a completion that is left out of it.
-        left_out = [config.mask_truncated and not r.stopped for r in chosen]
+        # The loss begins after the prompt, or nowhere for a completion that is left out of it. A
+        # plan that never closed stays in: it is wrong for certain, and must be learned from.
+        left_out = [config.mask_truncated and not r.stopped and not r.is_plan for r in chosen]
         starts = [len(r.prompt) + len(r.ids) * out for r, out in zip(chosen, left_out)]
         packed = pack(rows, starts, device)
-        sampler = torch.zeros(packed.mask.shape)
+        sampler, credit = torch.zeros(packed.mask.shape), torch.zeros(packed.mask.shape)
         for i, r in enumerate(chosen):
-            sampler[i, len(r.prompt) - 1:len(rows[i]) - 1] = torch.tensor(r.logprobs)
-        advantages = torch.tensor([r.advantage for r in chosen] or [0.0], device=device)
-        micros.append(MicroBatch(chosen, packed, advantages, sampler.to(device)))
+            first = len(r.prompt) - 1  # the column of the first completion token
+            sampler[i, first:len(rows[i]) - 1] = torch.tensor(r.logprobs)
+            credit[i, first:] = r.advantage
+            credit[i, first:first + r.plan_tokens] = r.plan_advantage
+        micros.append(MicroBatch(chosen, packed, credit.to(device), sampler.to(device)))
     tokens = sum(int(micro.packed.mask.sum()) for micro in micros)
     counts = all_sum(torch.tensor([tokens, len(rollouts)], device=device)).clamp_min(1).tolist()
     limit = config.max_completion_tokens
@@ -430,15 +510,16 @@ def update(model, optimizer, micros: list[MicroBatch], config: Config, lr: float
 # Main
 
 def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> float:
-    """The share of held-out problems answered right, greedily, without a plan limit. Collective."""
+    """The share of held-out problems answered right, greedily. A collective."""
     mine, right, stop_ids = problems[rank()::world_size()], 0, find_stop_ids(model, tokenizer)
+    opened, closed = plan_marks(tokenizer)
+    greedy = replace(config, plans=1, cots=1, temperature=0.0)
     with unsharded(model):
         if mine:
-            options = dict(stop_ids=stop_ids, max_rows=config.rollout_rows, temperature=0.0)
-            prompts, limit = [p["prompt"] for p in mine], config.max_completion_tokens
-            ids, _ = sample(model, prompts, max_new_tokens=limit, **options)
-            answers = [extract_answer(t) for t in completion_texts(tokenizer, ids, stop_ids)]
-            right = sum(grade([p["answer"] for p in mine], answers))
+            options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
+            trees = sample_tree(model, [p["prompt"] for p in mine], greedy, **options)
+            texts = completion_texts(tokenizer, [tree[0].ids for tree in trees], stop_ids)
+            right = sum(grade([p["answer"] for p in mine], [extract_answer(t) for t in texts]))
     grader_stats(reset=True)  # a step counts its own rollouts
     return float(all_sum(torch.tensor(right, device=model.device))) / len(problems)
 
@@ -448,10 +529,11 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     first, stop_ids = run.state["cursor"], find_stop_ids(model, tokenizer)
     run.state["cursor"] = end = first + config.questions
     questions = draw(problems, range(first + rank(), end, world_size()), config.seed)
+    opened, closed = plan_marks(tokenizer)
     with run.timer("rollout"), unsharded(model):
         trees = run.unless_stopped(
             sample_tree, model, [q["prompt"] for q in questions], config, stop_ids=stop_ids,
-            plan_closed=plan_end(tokenizer), seed=hash((config.seed, end, rank())) % 2**62,
+            plan_opened=opened, plan_closed=closed, seed=hash((config.seed, end, rank())) % 2**62,
         )
     run.leave_if_asked()
     with run.timer("reward"):
@@ -471,7 +553,8 @@ def main():
     if config.kl_coef:
         reference = load_sharded(config.model, run.device, config, frozen=True)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    run.begin(model, tokenizer, optimizer, config.steps, cursor=0)  # cursor: questions drawn so far
+    # cursor: questions drawn so far; variances: between plans, within plans, over so many steps
+    run.begin(model, tokenizer, optimizer, config.steps, cursor=0, variances=[0.0, 0.0, 0])
     if held_out and config.eval_every and run.state["step"] == 0:
         print0(f"step 0  eval_accuracy {greedy_accuracy(model, tokenizer, held_out, config):.3f}")
 
@@ -479,20 +562,22 @@ def main():
         step = run.start_step()
 
         # ---- Rollout -----------------------------------------------------------------------------
-        groups, rounds, kept = [], 0, 0
+        sampled, groups, rounds, kept = [], [], 0, 0
         while kept < config.questions and rounds < config.dynamic_rounds:
             fresh = sample_groups(run, model, tokenizer, problems, config)
+            sampled, rounds = sampled + fresh, rounds + 1
             if config.dynamic_sampling:  # groups that are all right or all wrong teach nothing
                 fresh = [g for g in fresh if len({r.correct for r in g.rollouts}) == 2]
-            groups, rounds = (groups + fresh)[:config.questions // world_size()], rounds + 1
+            groups = (groups + fresh)[:config.questions // world_size()]
             kept = int(all_sum(torch.tensor(len(groups), device=run.device)))
 
         # ---- Reward and advantage ----------------------------------------------------------------
         rewards = group_rewards(groups, config)  # each (N, m, z)
-        advantages = group_advantages(rewards["total"].flatten(1), config.std_norm)  # (N, G)
+        within = sibling_weight(config, run.state["variances"])
+        plan, cot = advantages(rewards, config, within, config.beta)  # (N, m, z) each
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
-            rollout.advantage = advantage
+        for r, a_plan, a_cot in zip(rollouts, plan.flatten().tolist(), cot.flatten().tolist()):
+            r.plan_advantage, r.advantage = a_plan, a_cot if r.plan_tokens else a_plan
 
         # ---- Old and reference logprobs ----------------------------------------------------------
         random.Random(f"{config.seed} {step} {rank()}").shuffle(rollouts)  # so mini-batches mix
@@ -505,7 +590,11 @@ def main():
             updates = [update(model, optimizer, mini, config, lr) for mini in minis * config.epochs]
 
         # ---- Log ---------------------------------------------------------------------------------
-        metrics = step_metrics(groups, rewards, updates, run.device)
+        sampled_rewards = group_rewards(sampled, config)
+        metrics = step_metrics(sampled, sampled_rewards, updates, run.device)
+        metrics |= plan_metrics(sampled, sampled_rewards, run.state, run.device)
+        no_plan_reward = advantages(rewards, config, within, beta=0.0)
+        metrics |= credit_metrics(rewards, (plan, cot), no_plan_reward, run.device)
         if held_out and run.is_due(config.eval_every):
             metrics["eval_accuracy"] = greedy_accuracy(model, tokenizer, held_out, config)
         run.log({**metrics, "lr": lr, "rounds": rounds}, shown=SHOWN)

@@ -123,8 +123,8 @@ def completion_texts(tokenizer, completions: list[list[int]], stop_ids: list[int
 
 
 @functools.lru_cache(maxsize=1)
-def plan_end(tokenizer) -> Callable[[list[int]], bool]:
-    """A function that tells from completion ids whether their last token closed the plan.
+def plan_marks(tokenizer) -> tuple[Callable, Callable]:
+    """Two functions of completion ids: whether they open a plan, and whether the last closes it.
 
     `</plan>` is several tokens in most vocabularies, and the last one may hold more text (`>\n`).
     So it is looked for in decoded text, and the plan ends with the token that completes it.
@@ -134,7 +134,9 @@ def plan_end(tokenizer) -> Callable[[list[int]], bool]:
     def has_bracket(token: int) -> bool:  # spares decoding a tail for every token
         return ">" in tokenizer.decode([token])
 
-    return lambda ids: has_bracket(ids[-1]) and "</plan>" in tokenizer.decode(ids[-16:])
+    opened = lambda ids: "<plan>" in tokenizer.decode(ids)
+    closed = lambda ids: has_bracket(ids[-1]) and "</plan>" in tokenizer.decode(ids[-16:])
+    return opened, closed
 
 
 # --------------------------------------------------------------------------------------------------

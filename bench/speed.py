@@ -163,7 +163,7 @@ class OurStep:
         advantages = grpo.group_advantages(rewards["total"].flatten(1))
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
-            rollout.advantage = advantage
+            rollout.plan_advantage = rollout.advantage = advantage
         micros = grpo.make_micro_batches(rollouts, config, DEVICE)
         grpo.update(self.model, self.optimizer, micros, config, self.lr)
         self.lengths.append(rewards["lengths"].float().mean().item())
@@ -339,7 +339,7 @@ class Bench:
         limits = [max(plan + 4, limit) for limit in limits]
         rollouts = sample_trees(self.model, self.prompts, limits, plan)
         for rollout in rollouts:
-            rollout.advantage = 1.0
+            rollout.plan_advantage = rollout.advantage = 1.0
         model = shard_model(load(self.name)[0])
         optimizer = make_optimizer(model, 1e-6, 0.0)
         config = grpo.Config(kl_coef=0.0, tokens_per_micro_batch=4000 if toy else 16384)

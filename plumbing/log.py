@@ -39,12 +39,14 @@ def step_metrics(groups: list, rewards: dict, updates: list[dict], device) -> di
     counts = all_sum(torch.tensor([float(stats[name]) for name in GRADER_COUNTS], device=device))
     for name, count in zip(GRADER_COUNTS, counts.tolist()):
         metrics[f"grader_{name}"] = int(count)
-    tokens = torch.tensor(float(rewards["lengths"].sum()), device=device)
-    return {**metrics, "tokens": float(all_sum(tokens))}
+    return metrics
 
 
 def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> dict[str, float]:
-    """Means over the completions of all ranks; of each reward term also its mean group std."""
+    """Means over the completions of all ranks; of each reward term also its mean group std.
+
+    With dynamic sampling, `groups` are all that were sampled, not only those that are trained on.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     closed = [r for r in rollouts if r.plan_tokens]
     leaks = [
@@ -53,8 +55,11 @@ def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> d
         for r in group.rollouts
         if r.well_formed
     ]
-    total = rewards["total"].flatten(1)  # (N, G)
-    same = total.amax(1) - total.amin(1) < 1e-6 if len(total) else total  # (N,)
+    total, outcome = rewards["total"].flatten(1), rewards["outcome"].flatten(1)  # (N, G)
+    equal = lambda values: (values.amax(1) - values.amin(1) < 1e-6).sum()
+    # A plan is decoded once for its z CoTs. One that never closed fills its z places itself.
+    decoded = sum(len(r.ids) - r.plan_tokens for r in {id(r): r for r in rollouts}.values())
+    decoded += sum(r.plan_tokens for r in rollouts) // rewards["total"].shape[2]
     sums = {  # name -> (sum, count) of this rank
         "reward": (total.sum(), total.numel()),
         "accuracy": (rewards["correct"].sum(), total.numel()),
@@ -64,7 +69,8 @@ def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> d
         "completion_tokens": (rewards["lengths"].sum(), total.numel()),
         "plan_tokens": (sum(r.plan_tokens for r in closed), len(closed)),
         "truncated": (sum(not r.stopped for r in rollouts), total.numel()),
-        "zero_variance": (same.sum(), len(total)),
+        "zero_variance": (equal(total), len(total)),
+        "outcome_zero_variance": (equal(outcome), len(total)),
     }
     for name in ("outcome", "plan", "structure", "length", "overlong"):
         if name in rewards:
@@ -73,8 +79,11 @@ def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> d
             spread = term.std(1, correction=0).sum() if len(term) else 0
             sums[label] = (term.sum(), term.numel())
             sums[f"{label}_spread"] = (spread, len(term))
-    pairs = torch.tensor([[float(a), float(b)] for a, b in sums.values()], device=device)
-    return {name: a / max(b, 1) for name, (a, b) in zip(sums, all_sum(pairs).tolist())}
+    pairs = [[float(a), float(b)] for a, b in [*sums.values(), (decoded, total.numel())]]
+    pairs = all_sum(torch.tensor(pairs, dtype=torch.float64, device=device)).tolist()
+    metrics = {name: a / max(b, 1) for name, (a, b) in zip(sums, pairs)}
+    decoded, completions = map(int, pairs[-1])
+    return {**metrics, "decoded_tokens": decoded, "completions_sampled": completions}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,6 +161,7 @@ def rollout_record(group, rewards: dict, index: int, tokenizer=None) -> dict:
                 "well_formed": rollout.well_formed,
                 "reward": terms,
                 "advantage": round(rollout.advantage, 4),
+                "plan_advantage": round(rollout.plan_advantage, 4),
             }
             if tokenizer is not None:
                 completion["per_token"] = token_record(tokenizer, rollout, rollout.text)

@@ -88,13 +88,13 @@ class Run:
     def log(self, metrics: dict, shown: tuple[str, ...] = ()):
         """Count the step as done and write its metrics: to metrics.jsonl, to --log, and on screen.
 
-        A metric `tokens` becomes `tokens_per_s`, over the whole step. Only `shown` are printed.
+        `tokens_per_s` is the step's `decoded_tokens` over its seconds. Only `shown` are printed.
         """
         step, seconds = self.step, time.time() - self.started
         metrics = metrics | {f"seconds_{name}": value for name, value in self.seconds.items()}
         metrics["seconds"] = seconds
-        if "tokens" in metrics:
-            metrics["tokens_per_s"] = metrics.pop("tokens") / seconds
+        if "decoded_tokens" in metrics:
+            metrics["tokens_per_s"] = metrics["decoded_tokens"] / seconds
         finite = math.isfinite(metrics["grad_norm"])
         self.state |= {"step": step, "skipped": 0 if finite else self.state["skipped"] + 1}
         self.write("metrics.jsonl", [metrics])

@@ -13,7 +13,7 @@ import torch
 import grpo
 from conftest import FAMILIES, make_tiny
 from grpo import Config, Rollout, group_advantages, kl_k3, policy_loss, sample, token_weights
-from model_utils import make_optimizer, plan_end, shard_model
+from model_utils import make_optimizer, plan_marks, shard_model
 from plumbing import decoder
 from plumbing.log import rollout_metrics
 from pretend_gpu import Capture, Graph
@@ -201,10 +201,12 @@ def test_bad_requests_are_refused(tiny):
 
 
 def draw_tree(
-    model, plan_closed=lambda ids: False, stop_ids=(1,), seed: int = 0, **settings
+    model, plan_closed=lambda ids: False, stop_ids=(1,), seed: int = 0,
+    plan_opened=lambda ids: True, **settings
 ) -> list[list[Rollout]]:
     """Plan trees of PROMPTS; `settings` are Config's."""
     options = dict(plan_closed=plan_closed, stop_ids=list(stop_ids), seed=seed)
+    options |= dict(plan_opened=plan_opened)
     return grpo.sample_tree(model, PROMPTS, Config(**settings), **options)
 
 
@@ -257,17 +259,28 @@ def test_each_plan_token_is_decoded_once(tiny, monkeypatch):
     assert sorted(prefilled) == [0, 0, 1, 1, 2, 2, 3, 3]  # once per plan, no more for its CoTs
 
 
-def test_plan_end_is_found_when_the_tag_is_split_or_merged():
-    pieces = {0: "</", 1: "plan", 2: ">\n<", 3: "think>", 4: " 2 > 1 ", 5: "</plan", 6: ">"}
+def test_plan_marks_are_found_when_a_tag_is_split_or_merged():
+    pieces = {0: "</", 1: "plan", 2: ">\n<", 3: "think>", 4: " 2 > 1 ", 5: "</plan", 6: ">", 7: "<"}
 
     class Tokenizer:
         def decode(self, ids):
             return "".join(pieces[i] for i in ids)
 
-    closed = plan_end(Tokenizer())
+    opened, closed = plan_marks(Tokenizer())
     assert not closed([4]) and not closed([0, 1])
     assert closed([4, 0, 1, 2]) and closed([5, 6])
     assert not closed([5])
+    assert opened([4, 7, 1, 6, 4]) and not opened([0, 1, 2, 4])
+
+
+def test_a_completion_without_a_plan_has_no_plan_limit(tiny):
+    """It goes on to its own limit, and stands alone in its z places; an open plan is cut."""
+    limits = dict(max_completion_tokens=9, max_plan_tokens=4, plans=2, cots=3)
+    odd = lambda ids: sum(ids[:4]) % 2 == 1
+    trees = draw_tree(tiny(), stop_ids=[], plan_opened=odd, **limits)
+    lengths = {bool(odd(r.ids)): (len(r.ids), r.is_plan) for tree in trees for r in tree}
+    assert lengths == {True: (4, True), False: (9, False)}
+    assert all(tree[0] is tree[2] and tree[3] is tree[5] for tree in trees)
 
 
 def test_no_plan_phase(tiny):
@@ -496,7 +509,8 @@ def test_the_stop_token_is_in_the_loss_and_nothing_after_it():
     micro, = grpo.make_micro_batches(rollouts, Config(), CPU)
     packed, ordered = micro.packed, sorted(rollouts, key=lambda r: r.prompt + r.ids)
     assert micro.rollouts == ordered
-    assert micro.advantages.tolist() == pytest.approx([r.advantage for r in ordered])
+    for credit, r in zip(micro.advantages, ordered):
+        assert set(credit[len(r.prompt) - 1:].tolist()) == {pytest.approx(r.advantage)}
     for row, r in enumerate(ordered):
         columns = packed.mask[row].nonzero().flatten()
         start = len(r.prompt) - 1

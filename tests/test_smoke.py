@@ -306,7 +306,7 @@ def bad(run, tmp_path, monkeypatch):
         ("--schedule sine", "--schedule: invalid choice: 'sine' (choose from 'constant', 'linear'"),
         ("--shard_within rack", "--shard_within: invalid choice: 'rack' (choose from 'world', 'no"),
         ("--temperature 0", "--temperature must be > 0, not 0"),
-        ("--plans 1 --cots 1", "a group of one completion has no baseline"),
+        ("--plans 1", "--plans must be >= 2"),
     ],
 )
 def test_grpo_refuses(bad, flags, message):
