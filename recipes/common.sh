@@ -26,6 +26,7 @@ model_settings() {
 method_settings() {
     local plain="--plans 12 --cots 1 --beta 0"
     local dapo="--clip_high 0.28 --dynamic_sampling --overlong_buffer 512 --kl_coef 0"
+    dapo+=" --mini_batches 4"  # with one update per step its clip range would never act
     case "$1" in
         grpo)     METHOD=($plain) ;;
         dapo)     METHOD=($plain $dapo) ;;
