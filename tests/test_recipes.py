@@ -22,7 +22,7 @@ MODELS = {
     "qwen2.5_7b": (350, 3584), "llama3.2_3b": (350, 3584), "qwen3_8b": (150, 4608),
     "qwen3_14b": (50, 4608),
 }  # fmt: skip
-DAPO = "--clip_high 0.28 --dynamic_sampling --overlong_buffer 512 --kl_coef 0"
+DAPO = "--clip_high 0.28 --dynamic_sampling --overlong_buffer 512 --kl_coef 0 --mini_batches 4"
 METHODS = {
     "grpo": "--plans 12 --cots 1 --beta 0",
     "pta_grpo": "--plans 4 --cots 3 --beta 0.5",
