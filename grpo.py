@@ -94,8 +94,8 @@ class Config(TrainingFlags):
     rollout_rows: int = 0  # sequences decoded at once per rank; 0: as many as fit in memory
     # data, evaluation, logs
     limit: int = 60000  # use a random subset of the data of this size; 0: all
-    eval_data: str = ""  # held-out problems, as --data; empty: the last --eval_size of --data
-    eval_size: int = 200  # held-out problems, at most a tenth of --data; 0: none
+    eval_data: str = ""  # held-out problems, as --data; empty: drawn from --data
+    eval_size: int = 200  # held-out problems, drawn by seed; at most a tenth of --data; 0: none
     eval_every: int = 25  # steps between evaluations; 0: none
     show_every: int = 10  # steps between printed and logged rollouts; 0: none
     token_log_questions: int = 16  # in a logged step, questions per rank whose tokens carry figures

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import toy
+from data.overlap import Overlap
 from plumbing import grader
 from plumbing.answers import check_golds, is_number_list, last_box
 from plumbing.ranks import all_gather, fail, init_distributed, print0, rank, require, world_size
@@ -463,51 +464,6 @@ def counts_text(dropped: Counter) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Decontamination
-
-
-class Overlap:
-    """Finds training problems that share a run of n words with an evaluation problem.
-
-    Words are runs of letters and digits in lower case, so LaTeX and punctuation weigh little. Runs
-    in more than `boilerplate` evaluation problems ("where m and n are relatively prime positive
-    integers, find m + n …") do not count. An evaluation problem shorter than n words must be equal
-    as a whole.
-    """
-
-    def __init__(self, problems: Iterable[dict], n: int = 13, boilerplate: int = 2):
-        self.n, self.report = n, []
-        owners: dict[str, set[str]] = {}
-        self.whole: dict[str, str] = {}
-        for problem in problems:
-            words = self.words(problem["problem"])
-            self.whole[" ".join(words)] = problem["id"]
-            for run in self.runs(words):
-                owners.setdefault(run, set()).add(problem["id"])
-        self.owner = {run: min(ids) for run, ids in owners.items() if len(ids) <= boilerplate}
-
-    @staticmethod
-    def words(text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
-
-    def runs(self, words: list[str]) -> Iterator[str]:
-        return (" ".join(words[i : i + self.n]) for i in range(len(words) - self.n + 1))
-
-    def find(self, id: str, text: str) -> bool:
-        """Whether `text` overlaps. If so, the pair and the shared words are added to `report`."""
-        words = self.words(text)
-        shared = next((run for run in self.runs(words) if run in self.owner), None)
-        evaluation = self.owner.get(shared)
-        if shared is None and (joined := " ".join(words)) in self.whole:
-            evaluation, shared = self.whole[joined], joined
-        if shared is None:
-            return False
-        entry = {"id": id, "evaluation": evaluation, "shared": shared, "problem": text}
-        self.report.append(entry)
-        return True
-
-
-# --------------------------------------------------------------------------------------------------
 # What the stages call
 
 
@@ -619,14 +575,33 @@ def with_usable_golds(name: str, problems: list[dict]) -> list[dict]:
     return problems
 
 
+def hold_out(problems: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(training, held-out) problems, both in the order of the data.
+
+    `size` random problems are held out, at most a tenth. Problems of equal text (see `text_key`)
+    are one problem. Its first copy is held out, and the others are in neither part. The draw
+    depends on seed and texts alone. So it is the same on every rank and after a resume.
+    """
+    first: dict[bytes, dict] = {}
+    for problem in problems:
+        first.setdefault(text_key(problem["problem"]), problem)
+    lot = lambda key: hashlib.blake2b(key, key=str(seed).encode()).digest()
+    chosen = set(sorted(first, key=lot)[: min(size, len(first) // 10)])
+    held_out = [problem for key, problem in first.items() if key in chosen]
+    training = [problem for problem in problems if text_key(problem["problem"]) not in chosen]
+    if copies := len(problems) - len(training) - len(held_out):
+        print0(f"{copies} further copies of held-out problems are left out of training")
+    return training, held_out
+
+
 def load_questions(config, encode: Callable[[str], list[int]]) -> tuple[list[dict], list[dict]]:
     """grpo.py's training and held-out problems, which all fit into the model's context."""
     longest, seed = config.max_prompt_tokens, config.seed
     problems, held_out = load_gradable(config.data, encode, longest, config.limit, seed), []
     if config.eval_data and config.eval_size:
         held_out = load_gradable(config.eval_data, encode, longest, config.eval_size, seed)
-    elif not config.eval_data and (size := min(config.eval_size, len(problems) // 10)):
-        problems, held_out = problems[:-size], problems[-size:]
+    elif not config.eval_data:
+        problems, held_out = hold_out(problems, config.eval_size, seed)
     longest = max(len(problem["prompt"]) for problem in problems + held_out)
     check_context(load_config(config.model), longest, config.max_completion_tokens)
     return problems, held_out

@@ -6,6 +6,7 @@ import re
 import sys
 import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,9 @@ from data.sources import (
     Overlap,
     clean_gold,
     gradable,
+    hold_out,
     load_gradable,
+    load_questions,
     load_records,
     parse_name,
     read_hub,
@@ -406,6 +409,62 @@ def test_memory_does_not_grow_with_the_data():
 
 
 # --------------------------------------------------------------------------------------------------
+# Held-out problems
+
+
+def by_difficulty(n):
+    return [{"id": str(i), "problem": f"{i} + 1 = ?", "answer": "1", "level": i} for i in range(n)]
+
+
+def test_held_out_problems_of_a_sorted_file_are_as_hard_as_the_others():
+    problems = by_difficulty(1000)
+    training, held_out = hold_out(problems, 100, seed=3)
+    levels = [[p["level"] for p in part] for part in (training, held_out)]
+    assert sorted(levels[0] + levels[1]) == list(range(1000)) and len(levels[1]) == 100
+    assert levels[0] == sorted(levels[0]) and levels[1] == sorted(levels[1])  # in file order
+    # The mean of 100 of 0 ... 999 without replacement is 499.5, with a std of 27.4.
+    means = [sum(p["level"] for p in hold_out(problems, 100, s)[1]) / 100 for s in range(20)]
+    assert all(abs(mean - 499.5) < 4 * 27.4 for mean in means)
+    assert abs(sum(means) / 20 - 499.5) < 4 * 27.4 / 20**0.5
+
+
+def test_held_out_problems_depend_on_seed_and_texts_alone():
+    problems = by_difficulty(300)
+    ids = lambda size, seed: {p["id"] for p in hold_out(problems, size, seed)[1]}
+    chosen = ids(20, 1)
+    assert chosen == ids(20, 1) and chosen != ids(20, 2) and ids(5, 1) < chosen
+    assert chosen == {p["id"] for p in hold_out(problems[::-1], 20, 1)[1]}
+    assert len(ids(200, 1)) == 30 and not ids(0, 1)  # at most a tenth
+    assert hold_out(problems[:9], 200, 1) == (problems[:9], [])
+
+
+def test_no_copy_of_a_held_out_problem_stays_in_training(capsys):
+    copies = [{"id": f"copy {i}", "problem": f" {i} +  1 = ?"} for i in range(0, 400, 2)]
+    problems = by_difficulty(400) + copies
+    training, held_out = hold_out(problems, 40, seed=0)
+    text = lambda part: {" ".join(p["problem"].split()) for p in part}
+    assert len(held_out) == len(text(held_out)) == 40 and not text(held_out) & text(training)
+    gone = len(problems) - len(training) - 40
+    assert gone == sum(p["level"] % 2 == 0 for p in held_out) > 0
+    assert f"{gone} further copies of held-out problems" in capsys.readouterr().out
+    assert hold_out([{"problem": "x"}] * 100, 5, seed=0)[1] == []  # one problem, a hundred times
+
+
+def test_training_holds_out_by_seed(tmp_path, monkeypatch):
+    path = write(tmp_path / "sorted.jsonl", by_difficulty(100))
+    monkeypatch.setattr(sources, "load_config", lambda model: None)
+    monkeypatch.setattr(sources, "check_context", lambda *lengths: None)
+    sizes = dict(max_prompt_tokens=100, max_completion_tokens=10, limit=0, eval_size=200)
+    split = lambda seed: load_questions(
+        SimpleNamespace(model="", data=path, eval_data="", seed=seed, **sizes), lambda text: [1]
+    )
+    training, held_out = split(0)
+    levels = [p["level"] for p in held_out]
+    assert len(training) == 90 and len(levels) == 10 and min(levels) < 50 <= max(levels)
+    assert split(0) == (training, held_out) and split(1)[1] != held_out
+
+
+# --------------------------------------------------------------------------------------------------
 # Decontamination
 
 TEXT = (
@@ -431,6 +490,138 @@ def test_overlap_by_hand():
     assert not overlap.find("t4", "what is 1+1 and 2+2")
     assert not overlap.find("t5", f"Case 9: {BOILERPLATE}")
     assert [entry["id"] for entry in overlap.report] == ["t1", "t3"]
+
+
+def found(evaluation, problem):
+    """The report's entry for a training problem, or None."""
+    evaluation = [evaluation] if isinstance(evaluation, str) else evaluation
+    overlap = Overlap({"id": f"e{i}", "problem": text} for i, text in enumerate(evaluation))
+    assert overlap.find("t", problem) == bool(overlap.report)
+    return overlap.report[0] if overlap.report else None
+
+
+PYRAMID = (
+    "A regular pyramid has a square base with side $6$ and height $4$. A sphere touches all five "
+    "of its faces. The radius of the sphere is $r$. Find $10r$."
+)
+IN_SEVERAL_SETS = [
+    [PYRAMID] * 3,
+    [PYRAMID.replace("$", ""), PYRAMID.upper(), PYRAMID, PYRAMID.replace(" ", "\n")],
+    [PYRAMID.replace("$6$", r"\(6\)"), PYRAMID.replace("10r", r"10\cdot r"), PYRAMID],
+    [PYRAMID, PYRAMID + " Give a whole number.", PYRAMID + " The answer is at most 999."],
+]
+
+
+@pytest.mark.parametrize("evaluation", IN_SEVERAL_SETS)
+def test_a_problem_in_several_evaluation_sets_is_not_boilerplate(evaluation):
+    assert found(evaluation, f"Here is a riddle. {PYRAMID} Explain.")["evaluation"] == "e0"
+
+
+@pytest.mark.parametrize("evaluation", IN_SEVERAL_SETS[:3])
+def test_a_part_of_a_problem_in_several_sets_is_found_too(evaluation):
+    entry = found(evaluation, PYRAMID.partition(" A sphere")[0] + " Find its surface.")
+    assert entry["shared"] == "a regular pyramid has a square base with side 6 and height 4"
+
+
+def test_different_problems_with_one_id_still_make_boilerplate():
+    cases = [{"id": "0", "problem": f"Case {i}: {BOILERPLATE}"} for i in range(3)]
+    assert not Overlap(cases).find("t", f"Case 9: {BOILERPLATE}")
+    assert Overlap(cases[:2]).find("t", f"Case 9: {BOILERPLATE}")
+
+
+WITH_A_SENTENCE_ADDED = [
+    ("How many positive divisors does 196 have?", "{} Justify your answer."),
+    ("How many positive divisors of $196$ are even?", "We ask: {}\nGive an integer."),
+    ("Is every subgroup of an abelian group normal?", "Think of cosets, then say: {} Or not?"),
+    ("What is the smallest prime greater than one hundred?", "Let me ask you: {} Thanks."),
+    (r"Evaluate $\int \ln x\,dx$.", "{} Check the result."),
+    (r"Compute $\sin 60^\circ$.", "This is easy. {} Give an exact value."),
+    ("What is $2.43-1.2$?", "{} Write a decimal."),
+    ("Let $x=3$. What is $x+5$?", "Think first. {} Show your work."),
+]
+
+
+@pytest.mark.parametrize("evaluation, frame", WITH_A_SENTENCE_ADDED)
+def test_a_short_problem_is_found_with_a_sentence_added(evaluation, frame):
+    assert found(evaluation, frame.format(evaluation))
+
+
+def test_a_specific_short_problem_is_found_inside_a_sentence():
+    short = "how many positive divisors of 196 are even"
+    assert found(short, f"Tell me {short}, and why!")["shared"] == short
+
+
+SPELLINGS = [
+    (r"Simplify $\frac{1}{2}x + \frac{3}{4}y$.", r"Simplify \(\dfrac{1}{2}x + \tfrac34y\)"),
+    (r"Compute $\frac{17}{19}+\frac{1}{3}$.", "Compute 17/19 + 1/3"),
+    (r"Compute $\left(3+4\right)\cdot 5 \times x$.", r"Compute $\bigl( 3+4 \bigr)*5x$"),
+    (r"Compute $\dbinom{8}{4} \pmod 5$.", r"compute \binom{8}{4} (mod 5)"),
+    (r"Evaluate $\displaystyle\int_0^1 x^2\,dx$", r"Evaluate $$\int\limits_{0}^{1}x^{2}\;dx$$"),
+    (r"Is $2\,000{,}000 \le x_1^{2}$ \text{ for } $x_1=3$", "Is 2000000 ≤ x_1^2 for x_{1} = 3"),
+    (r"Find $\boxed{x}$ with $\mathrm{gcd}(x,12)=4$", r"Find x with $\gcd(x, 12)=4$"),
+    (r"Is $\sqrt{2}\pi$ above $60^\circ$", "is √2π above ６０°"),
+    (r"Square \begin{pmatrix}1&2\\3&4\end{pmatrix}", r"square $\begin{bmatrix} 1 & 2 \\ 3 & 4"),
+]
+
+
+@pytest.mark.parametrize("evaluation, problem", SPELLINGS)
+def test_latex_spellings_of_one_problem_are_equal(evaluation, problem):
+    assert found(evaluation, problem) and found(problem, evaluation)
+
+
+def test_latex_spellings_do_not_hide_a_run():
+    text = r"For $x>0$ let $f(x)=\frac{1}{x}+\frac{x}{2}\cdot\left(x+1\right)$ and let $y=f(1)$"
+    other = text.replace(r"\frac", r"\dfrac").replace(r"\cdot\left(x+1\right)", "(x+1)")
+    assert found(f"{text}. Find $y$.", f"Bob writes: {other}. He wants to know $2y$.")
+
+
+CHINESE = "已知等差数列的前三项之和为12且公差为2求这个数列的第十项的值以及前十项的和"
+SHORT_CHINESE = "求1到100的所有质数之和。"
+SPACED = "Let $a$, $b$ be integers with $ab=2024$. How many such pairs are there in all?"
+WITHOUT_SPACES = [
+    (CHINESE, f"小明问老师一个问题,{CHINESE}请写出过程"),
+    (CHINESE, f"题目。{CHINESE[2:-3]}吗"),  # a part of it
+    (SHORT_CHINESE, f"{SHORT_CHINESE}请写出过程。"),
+    (SHORT_CHINESE, "小明想知道，求 $1$ 到 $100$ 的所有质数之和，还有别的"),
+    (SPACED, SPACED.replace(" ", "") + "Explain."),
+    (SPACED.replace(" ", ""), f"Here we go: {SPACED} Explain."),
+    (TEXT.replace(" ", ""), f"Once upon a time: {TEXT} and so on."),
+    (TEXT, "onceuponatime" + TEXT.replace(" ", "") + "andsoon"),
+    (r"Is $\alpha\beta\gamma+2xyz=7\delta$", r"is $\alpha \beta \gamma + 2x y z = 7 \delta$"),
+]
+
+
+@pytest.mark.parametrize("evaluation, problem", WITHOUT_SPACES)
+def test_texts_without_spaces(evaluation, problem):
+    assert found(evaluation, problem)
+
+
+UNRELATED = [
+    ("Find the value of x.", "Let 2x = 4. Find the value of x."),
+    ("What is the value of x + y?", "If x - y = 3 and xy = 10, what is the value of x + y?"),
+    ("If 2x + 3 = 7, find the value of x.", "If 5x - 2 = 8, find the value of x."),
+    ("Find the sum of all values of x.", "Let |x - 2| = 3. Find the sum of all values of x."),
+    ("Find the area of triangle ABC.", "ABC has sides 3, 4, 5. Find the area of triangle ABC."),
+    ("What is 1+12?", "What is 11+2?"),
+    ("What is 1+1?", "What is 1+1+5?"),
+    ("How many primes are there below 10?", "How many primes are there below 100?"),
+    ("Find the 5th prime p.", "Find the 5th prime power."),
+    (r"Compute $\cos 60^\circ$.", r"Compute $\sin 60^\circ$."),
+    (r"Compute $\binom{8}{4}$.", r"Compute $\frac{8}{4}$."),
+    (r"Compute $\frac{1}{23}$.", r"Compute $\frac{12}{3}$."),
+    ("求x的值。", "已知2x=4。求x的值。"),
+    ("求函数的最小值。", "已知函数f(x)=x^2-2x。求函数的最小值。"),
+    (CHINESE, CHINESE.replace("三", "五").replace("12", "30").replace("十", "七")),
+    (PYRAMID, "A regular pyramid has a square base with side $7$ and height $9$. Find its volume."),
+    ("1 + 2 + 3 = ?", "Write 1, 2, 3, 4 backwards."),
+    (CHINESE, "已知等差数列的前三项之和为12且公差为2,证明它递增。"),
+    ("", "?!"),
+]
+
+
+@pytest.mark.parametrize("evaluation, problem", UNRELATED)
+def test_unrelated_problems_do_not_match(evaluation, problem):
+    assert not found(evaluation, problem)
 
 
 def test_preparing_a_file_with_a_report(tmp_path, monkeypatch, capsys):
