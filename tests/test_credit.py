@@ -155,10 +155,11 @@ def test_the_plan_reward_reaches_plan_tokens_only_and_sums_to_zero():
 
 @pytest.mark.parametrize("credit", ["group", "segment"])
 def test_equal_plans_get_no_bonus(credit):
-    """Their softmax is 1/m each, and rounding must leave nothing."""
-    correct = torch.ones(1, 3, 2, dtype=torch.bool)
-    rewards = grpo.total_reward(correct, correct, torch.full((1, 3, 2), 9), 0.5, 1.0, 0.1)
-    for part in advantages(rewards, Config(plans=3, cots=2, credit=credit), 0.5, beta=0.5):
+    """Their softmax is 1/m each. Rounding must leave nothing: of 6 it would leave 1e-8."""
+    correct = torch.ones(1, 6, 2, dtype=torch.bool)
+    rewards = grpo.total_reward(correct, correct, torch.full((1, 6, 2), 9), 0.9, 1.0, 0.1)
+    config = Config(plans=6, cots=2, beta=0.9, credit=credit)
+    for part in advantages(rewards, config, 0.5, beta=0.9):
         assert float(part.abs().max()) == 0
 
 
