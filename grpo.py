@@ -194,8 +194,8 @@ def decode(
             rollout.logprobs.append(logprob)
             rollout.stopped = token in stop_ids
             if rollout.stopped or len(rollout.ids) >= max(rollout.limits):
-                continue
-            if not rollout.is_plan:
+                rollout.is_plan = rollout.is_plan and plan_opened(rollout.ids)
+            elif not rollout.is_plan:
                 alive.append(rollout)
             elif plan_closed(rollout.ids):
                 alive += rollout.fork()
@@ -264,7 +264,8 @@ def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int]):
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
     for rollout, text in zip(rollouts, texts):
         rollout.text, rollout.well_formed = text, parse_completion(text) is not None
-    answers = [extract_answer(r.text) for r in rollouts]
+    # A plan that never closed has no CoT: a box in it would earn the plan full marks.
+    answers = [None if r.is_plan else extract_answer(r.text) for r in rollouts]
     golds = [group.question["answer"] for group in groups for _ in group.rollouts]
     for rollout, right in zip(rollouts, grade(golds, answers)):
         rollout.correct = right
@@ -324,10 +325,12 @@ def segment_advantages(
     A CoT is compared with its siblings, weight w = `within`, and with the other plans:
         A_cot_ik = r_ik - w mean of r_il over l != k  - (1 - w) mean of V_j over j != i
     Each baseline leaves out what it judges. So the gradient is unbiased for every m >= 2, z >= 1
-    and w that does not depend on these returns, but for the division by the question's std, of
-    returns or of `std_of` (N, m, z). Eq. 10's shared mean scales plan tokens by (m - 1) / m and CoT
-    tokens by (m z - 1) / (m z). `within` None counts all other completions the same. With z = 1
-    both are RLOO (arXiv 2402.14740). ValueError: m < 2.
+    and w that does not depend on these returns. (Eq. 10's shared mean scales plan tokens by
+    (m - 1) / m and CoT tokens by (m z - 1) / (m z).) Three settings void this: the division by the
+    question's std, of returns or of `std_of` (N, m, z); a length reward, since T and T_max make a
+    return depend on the other completions; and a --loss_agg other than constant, which divides by
+    lengths that were drawn. `within` None counts all other completions the same. With z = 1 both
+    are RLOO (arXiv 2402.14740). ValueError: m < 2.
     """
     _, m, z = returns.shape
     if m < 2:
@@ -363,6 +366,15 @@ def advantages(
     bonus = bonus.masked_fill(bonus.abs() < 1e-6, 0.0)  # equal scores
     plan, cot = segment_advantages(returns, bonus, within, config.std_norm, std_of)
     return plan[:, :, None].expand_as(cot), cot
+
+
+def note_advantages(rollouts: list[Rollout], plan: torch.Tensor, cot: torch.Tensor):
+    """Give N m z completions the advantages of their plan and CoT tokens, (N, m, z) each.
+
+    A plan that never closed has no CoT: all of its tokens are plan tokens.
+    """
+    for r, a_plan, a_cot in zip(rollouts, plan.flatten().tolist(), cot.flatten().tolist()):
+        r.plan_advantage, r.advantage = a_plan, a_cot if r.plan_tokens else a_plan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -518,8 +530,9 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
         if mine:
             options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
             trees = sample_tree(model, [p["prompt"] for p in mine], greedy, **options)
-            texts = completion_texts(tokenizer, [tree[0].ids for tree in trees], stop_ids)
-            right = sum(grade([p["answer"] for p in mine], [extract_answer(t) for t in texts]))
+            groups = [Group(problem, tree) for problem, tree in zip(mine, trees)]
+            grade_groups(tokenizer, groups, stop_ids)
+            right = sum(group.rollouts[0].correct for group in groups)
     grader_stats(reset=True)  # a step counts its own rollouts
     return float(all_sum(torch.tensor(right, device=model.device))) / len(problems)
 
@@ -576,8 +589,7 @@ def main():
         within = sibling_weight(config, run.state["variances"])
         plan, cot = advantages(rewards, config, within, config.beta)  # (N, m, z) each
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        for r, a_plan, a_cot in zip(rollouts, plan.flatten().tolist(), cot.flatten().tolist()):
-            r.plan_advantage, r.advantage = a_plan, a_cot if r.plan_tokens else a_plan
+        note_advantages(rollouts, plan, cot)
 
         # ---- Old and reference logprobs ----------------------------------------------------------
         random.Random(f"{config.seed} {step} {rank()}").shuffle(rollouts)  # so mini-batches mix
