@@ -6,6 +6,7 @@ One step of the main loop, for each of N questions:
     2. score each plan by the share of its CoTs that are right; reward it with a softmax    Eq. 2
     3. reward     R = outcome + beta * plan + structure + length                            Eqs. 3-8
     4. advantage  A = (R - mean) / std, over the question's G completions                   Eq. 10
+                  (--credit segment: plans and CoTs have a baseline each)
     5. update     clipped policy-gradient loss on every completion token, plus a KL term    Eq. 9
 
 GRPO, DAPO and Dr. GRPO are settings of this loop (recipes/). It departs from the paper once: the
@@ -70,8 +71,8 @@ class Config(TrainingFlags):
     correct_only: bool = False  # give the length reward to right completions only
     overlong_buffer: int = 0  # DAPO: penalise this many tokens before the limit; 0: none
     std_norm: bool = True  # divide advantages by the group's std (Eq. 10); false: Dr. GRPO
-    std_of: Literal["total", "outcome"] = "total"  # the reward whose std that is
-    credit: Literal["group", "segment"] = "group"  # Eq. 10, or a baseline each for plans and CoTs
+    std_of: Literal["total", "outcome"] = "total"  # std of the total (segment: without plan reward)
+    credit: Literal["group", "segment"] = "group"  # one baseline per question, or plans' and CoTs'
     within: str = "auto"  # segment: weight of a CoT's siblings in its baseline, 0 to 1, or auto
     loss_agg: Literal["token", "sequence", "constant"] = "token"  # denominator: see token_weights
     clip_low: float = 0.2  # clip the ratio below 1 - clip_low (<= 1)
@@ -80,7 +81,7 @@ class Config(TrainingFlags):
     kl_ratio: bool = True  # KL estimate: ratio times k3; false: k3 alone, as in the first GRPO
     dynamic_sampling: bool = False  # DAPO: replace groups that are all right or all wrong
     dynamic_rounds: int = 4  # with dynamic sampling, at most this many rollouts per step (>= 1)
-    mask_truncated: bool = False  # no loss on completions cut at their limit (rewards still count)
+    mask_truncated: bool = False  # no loss on completions (not plans) that were cut at their limit
     epochs: int = 1  # passes over a step's completions; one update in all never clips (>= 1)
     mini_batches: int = 1  # optimiser steps per pass (>= 1)
     lr: float = 1e-6  # peak learning rate
@@ -127,7 +128,7 @@ class Rollout:
     limits: list[int]  # token limit of each completion that comes of it: z for a plan, else one
     ids: list[int] = field(default_factory=list)  # completion tokens so far, stop token included
     logprobs: list[float] = field(default_factory=list)  # the sampler's, one per token
-    is_plan: bool = False  # still a plan; in a finished tree, one that never closed
+    is_plan: bool = False  # still a plan; in a finished tree, one that opened and never closed
     plan_tokens: int = 0  # length of the plan at the head of ids, once it has closed
     cots: list["Rollout"] = field(default_factory=list)  # the completions that a closed plan became
     stopped: bool = False  # ended by a stop token, not by a limit
@@ -272,7 +273,7 @@ def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int]):
 
 
 def group_rewards(groups: list[Group], config: Config) -> dict[str, torch.Tensor]:
-    """The reward terms of Eqs. 2-8 and their total, verdicts and lengths. Each (N, m, z)."""
+    """The reward terms of Eqs. 2-8 (and DAPO's), their total, verdicts, lengths. Each (N, m, z)."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     shape = (len(groups), config.plans, config.cots)
     correct = torch.tensor([r.correct for r in rollouts], dtype=torch.bool).reshape(shape)
@@ -354,7 +355,8 @@ def advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages of each completion's plan tokens and of its CoT tokens, (N, m, z) each.
 
-    `beta` is the weight of the plan reward: --beta, or 0 to see what it changes.
+    With --credit group both are equal, and hold the plan reward; with segment it is on plan tokens
+    only, centred. `beta` is its weight: --beta, or 0 to see what it changes.
     """
     returns, plan = rewards["total"] - config.beta * rewards["plan"], beta * rewards["plan"]
     std_of = rewards["outcome"] if config.std_of == "outcome" else None
@@ -566,7 +568,7 @@ def main():
     if config.kl_coef:
         reference = load_sharded(config.model, run.device, config, frozen=True)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
-    # cursor: questions drawn so far; variances: between plans, within plans, over so many steps
+    # cursor: questions drawn so far; variances: running means of tau2 and sigma2, and their steps
     run.begin(model, tokenizer, optimizer, config.steps, cursor=0, variances=[0.0, 0.0, 0])
     if held_out and config.eval_every and run.state["step"] == 0:
         print0(f"step 0  eval_accuracy {greedy_accuracy(model, tokenizer, held_out, config):.3f}")

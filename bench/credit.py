@@ -149,7 +149,8 @@ def print_biases(rng):
 # 2. Signal to noise
 
 # ICC -> seed of the table of outcomes. The seeds were searched for: with the policy of seed 0, a
-# table has this ICC to 0.003. Tables of one ICC differ, hence the second table, of random ones.
+# table has this ICC to 0.003, and figures near those of an earlier derivation. Tables of one ICC
+# differ, hence the second table, of random ones: quote that one.
 TABLES = {0.16: 4108, 0.27: 1953, 0.50: 3401, 0.81: 1583}
 COLUMNS = ("group mean", "beta 0.5, std", "all others", "siblings", "w*")
 
