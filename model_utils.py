@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.attention import Packed, use_attention
+from plumbing.attention import Packed, pack, use_attention
 from plumbing.memory import CHUNK_LOGITS
 from plumbing.ranks import device_mesh, fail, print0, rank, require
 from plumbing.weights import (
@@ -162,7 +162,8 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
 
     No rank ever holds the whole model: it is made without storage, cut, and then each rank reads
     its own rows. `frozen` makes a reference: no gradients, and on a GPU bf16, in which the policy
-    (with weights in fp32) computes there, too.
+    (with weights in fp32) computes there, too. Raises SystemExit for a family that `check_family`
+    refuses.
     """
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if frozen and on_gpu else torch.float32
@@ -173,7 +174,8 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
     else:
         model = shard_model(empty_model(path, dtype), device, **options)
         fill_model(model, path, device, torch.device("cpu") if config.cpu_offload else device)
-    return model.requires_grad_(not frozen)
+    check_family(model.requires_grad_(not frozen))
+    return model
 
 
 def shard_model(
@@ -251,13 +253,24 @@ def unsharded(model):
 # Logprobs of given sequences
 
 
-def _head(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float):
-    """Logprobs and entropies (N,) of `targets` (N,) given hidden states (N, D), in fp32."""
-    logits = model.get_output_embeddings()(hidden).float()  # (N, V)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+def _logits(model, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits (..., V) of hidden states (..., D), in fp32.
+
+    It repeats what the model's own forward does after the decoder. `check_family` compares the two.
+    """
+    logits, config = model.get_output_embeddings()(hidden).float(), model.config.get_text_config()
+    times, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    if times or divisor:  # Cohere multiplies, Granite divides
+        logits = logits * ((times or 1.0) / (divisor or 1.0))
+    cap = getattr(config, "final_logit_softcapping", None)
     if cap is not None:  # some Gemma models
         logits = torch.tanh(logits / cap) * cap
-    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logits
+
+
+def _head(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float):
+    """Logprobs and entropies (N,) of `targets` (N,) given hidden states (N, D), in fp32."""
+    logprobs = torch.log_softmax(_logits(model, hidden) / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None]).squeeze(-1), entropy
@@ -280,7 +293,8 @@ def token_logprobs(
     hidden = output.last_hidden_state[0]  # (N, D)
     require(
         packed.attended,  # else sequences have seen each other
-        f"{type(model).__name__} hands its attention layers no arguments: choose another model",
+        f"the family {model.config.model_type!r} hands its attention layers no arguments: choose "
+        "another model",
     )
     chunk = chunk or max(1, CHUNK_LOGITS[hidden.device.type] // size)
     logprobs, entropies = [], []
@@ -290,6 +304,48 @@ def token_logprobs(
         entropies.append(part[1])
     place = lambda parts: torch.where(packed.mask, torch.cat(parts)[packed.columns], 0.0)
     return place(logprobs), place(entropies)
+
+
+@torch.no_grad()
+def check_family(model):
+    """Refuse a family whose own forward, which samples, computes otherwise than training does.
+
+    Two short sequences go through that forward, and packed through `token_logprobs`. A collective.
+    Raises SystemExit, and names the family, where logits or logprobs differ by more than rounding.
+    """
+    size, device, seen = model.config.get_text_config().vocab_size, model.compute_device, []
+    rows = [[token % size for token in row] for row in ([0, 1, 2, 3, 4], [0, 1, 5, 6, 7])]
+    ids = torch.tensor(rows, device=device)
+
+    def note(decoder, inputs, output):  # inside the forward, FSDP has gathered the output layer
+        hidden = output.last_hidden_state
+        seen.extend([hidden.dtype, _logits(model, hidden)])
+
+    hook = model.get_decoder().register_forward_hook(note)
+    own = model(input_ids=ids, use_cache=False).logits.float()  # (2, 5, V)
+    hook.remove()
+    ours, _ = model.token_logprobs(pack(rows, [1, 1], device))  # (2, 4)
+    if hasattr(model, "reshard"):  # FSDP2 keeps the root gathered for a backward pass: none comes
+        model.reshard()
+
+    # In bf16, a cap takes three roundings of 0.2 % each, and the packed forward runs other kernels.
+    exact, logits = seen[0] == torch.float32, seen[1]
+    # Weights that are not finite say nothing about the family, and pass.
+    alike = lambda a, b, bound: not float((a - b).abs().max()) > bound * float(b.abs().max())
+    family = f"the family {model.config.model_type!r}"
+    require(
+        logits.shape == own.shape and alike(logits, own, 1e-4 if exact else 1e-2),
+        f"{family} changes its logits after the output layer, which model_utils._head does not: "
+        "add it there (in `_logits`), or choose another model for training (distill.py and eval.py "
+        "only sample, and are not affected)",
+    )
+    expected = own.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (2, 4)
+    require(
+        alike(ours, expected, 1e-3 if exact else 0.05),
+        f"{family} mixes tokens outside its attention layers (a state-space model, a convolution, "
+        "linear attention), so packed sequences would see each other in training: choose another "
+        "model",
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import math
 import torch
 
 from plumbing.answers import GRADER_COUNTS, grader_stats, plan_leaks
-from plumbing.ranks import all_sum, gather0, print0
+from plumbing.ranks import all_sum, gather0, print0, require
 
 # bf16 rounding explains a smaller difference of sampler and trainer (mean |difference of logprobs|
-# per token). At a larger one the sampler probably holds old weights.
+# per token). At a larger one the sampler holds old weights, or computes something else.
 MAX_SAMPLER_GAP = 0.1
 SHOWN = (  # the metrics of grpo.py's console line
     "reward", "accuracy", "eval_accuracy", "kl", "clip_frac", "entropy", "completion_tokens",
@@ -23,23 +23,39 @@ SHOWN = (  # the metrics of grpo.py's console line
 # Metrics
 
 
-def step_metrics(groups: list, rewards: dict, updates: list[dict], device) -> dict[str, float]:
-    """The figures of one step, over all ranks. `rewards`: (N, m, z) each. A collective."""
+def step_metrics(
+    groups: list, rewards: dict, updates: list[dict], device, first: bool = False
+) -> dict[str, float]:
+    """The figures of one step, over all ranks. `rewards`: (N, m, z) each. A collective.
+
+    `first`: it is the run's first step. Raises SystemExit, on all ranks, if sampler and trainer
+    differ there by more than MAX_SAMPLER_GAP; a later step prints a warning.
+    """
     metrics = rollout_metrics(groups, rewards, device)
     for name in updates[0]:
         metrics[name] = sum(update[name] for update in updates) / len(updates)
     metrics["sampler_gap"] = updates[0]["sampler_gap"]  # later updates have left the sampler behind
     metrics["skipped"] = sum(not math.isfinite(update["grad_norm"]) for update in updates)
-    if metrics["sampler_gap"] > MAX_SAMPLER_GAP:
-        print0(
-            f"warning: sampler and trainer differ by {metrics['sampler_gap']:.2g} nats per token: "
-            "does the sampler hold old weights, or compute something else?"
-        )
+    check_sampler(metrics["sampler_gap"], first)
     stats = grader_stats(reset=True)
     counts = all_sum(torch.tensor([float(stats[name]) for name in GRADER_COUNTS], device=device))
     for name, count in zip(GRADER_COUNTS, counts.tolist()):
         metrics[f"grader_{name}"] = int(count)
     return metrics
+
+
+def check_sampler(gap: float, first: bool):
+    """Judge step_metrics' sampler_gap, in nats per token. It is the same on all ranks."""
+    differ = f"sampler and trainer differ by {gap:.2g} nats per token"
+    require(
+        not (first and gap > MAX_SAMPLER_GAP),
+        f"{differ} in the run's first step, where at most {MAX_SAMPLER_GAP} is due to rounding: "
+        "either the sampler holds other weights, or model_utils.token_logprobs, which trains, "
+        "leaves out what the model's own forward does; compare the two on one sequence, or choose "
+        "another model",
+    )
+    if gap > MAX_SAMPLER_GAP:
+        print0(f"warning: {differ}: does the sampler hold old weights, or compute something else?")
 
 
 def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> dict[str, float]:
