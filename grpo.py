@@ -605,7 +605,7 @@ def main():
 
         # ---- Log ---------------------------------------------------------------------------------
         sampled_rewards = group_rewards(sampled, config)
-        metrics = step_metrics(sampled, sampled_rewards, updates, run.device)
+        metrics = step_metrics(sampled, sampled_rewards, updates, run.device, first=step == 1)
         metrics |= plan_metrics(sampled, sampled_rewards, run.state, run.device)
         no_plan_reward = advantages(rewards, config, within, beta=0.0)
         metrics |= credit_metrics(rewards, (plan, cot), no_plan_reward, run.device)

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.attention import Packed, pack, use_attention
+from plumbing.attention import Packed, use_attention
+from plumbing.family import check_family
 from plumbing.memory import CHUNK_LOGITS
 from plumbing.ranks import device_mesh, fail, print0, rank, require
 from plumbing.weights import (
@@ -174,7 +175,7 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
     else:
         model = shard_model(empty_model(path, dtype), device, **options)
         fill_model(model, path, device, torch.device("cpu") if config.cpu_offload else device)
-    check_family(model.requires_grad_(not frozen))
+    check_family(model.requires_grad_(not frozen), _logits)
     return model
 
 
@@ -307,47 +308,6 @@ def token_logprobs(
 
 
 @torch.no_grad()
-def check_family(model):
-    """Refuse a family whose own forward, which samples, computes otherwise than training does.
-
-    Two short sequences go through that forward, and packed through `token_logprobs`. A collective.
-    Raises SystemExit, and names the family, where logits or logprobs differ by more than rounding.
-    """
-    size, device, seen = model.config.get_text_config().vocab_size, model.compute_device, []
-    rows = [[token % size for token in row] for row in ([0, 1, 2, 3, 4], [0, 1, 5, 6, 7])]
-    ids = torch.tensor(rows, device=device)
-
-    def note(decoder, inputs, output):  # inside the forward, FSDP has gathered the output layer
-        hidden = output.last_hidden_state
-        seen.extend([hidden.dtype, _logits(model, hidden)])
-
-    hook = model.get_decoder().register_forward_hook(note)
-    own = model(input_ids=ids, use_cache=False).logits.float()  # (2, 5, V)
-    hook.remove()
-    ours, _ = model.token_logprobs(pack(rows, [1, 1], device))  # (2, 4)
-    if hasattr(model, "reshard"):  # FSDP2 keeps the root gathered for a backward pass: none comes
-        model.reshard()
-
-    # In bf16, a cap takes three roundings of 0.2 % each, and the packed forward runs other kernels.
-    exact, logits = seen[0] == torch.float32, seen[1]
-    # Weights that are not finite say nothing about the family, and pass.
-    alike = lambda a, b, bound: not float((a - b).abs().max()) > bound * float(b.abs().max())
-    family = f"the family {model.config.model_type!r}"
-    require(
-        logits.shape == own.shape and alike(logits, own, 1e-4 if exact else 1e-2),
-        f"{family} changes its logits after the output layer, which model_utils._head does not: "
-        "add it there (in `_logits`), or choose another model for training (distill.py and eval.py "
-        "only sample, and are not affected)",
-    )
-    expected = own.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (2, 4)
-    require(
-        alike(ours, expected, 1e-3 if exact else 0.05),
-        f"{family} mixes tokens outside its attention layers (a state-space model, a convolution, "
-        "linear attention), so packed sequences would see each other in training: choose another "
-        "model",
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # One optimiser step
 

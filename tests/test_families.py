@@ -22,7 +22,8 @@ import grpo
 import sft
 from conftest import ROOT, make_tiny
 from data.toy import make_problems, make_tokenizer
-from model_utils import check_family, load_sharded, shard_model
+from model_utils import _logits, load_sharded, shard_model
+from plumbing.family import check_family
 from plumbing.attention import pack
 from plumbing.flags import TrainingFlags
 from plumbing.log import step_metrics
@@ -177,10 +178,10 @@ def test_families_are_compared_in_both_types(dtype, monkeypatch):
     """Rounding is let through. A changed forward of a known family is not."""
     for family in sorted(FAMILIES.keys() | SCALED.keys()):
         settings = FAMILIES.get(family) or SCALED.get(family, {})
-        check_family(shard_model(make_tiny(family, **settings).to(dtype)))
+        check_family(shard_model(make_tiny(family, **settings).to(dtype)), _logits)
     for name, (settings, reason) in REFUSED.items():
         with pytest.raises(SystemExit, match=f"'{name}' {reason}"):
-            check_family(shard_model(make_tiny(name, **settings).to(dtype)))
+            check_family(shard_model(make_tiny(name, **settings).to(dtype)), _logits)
 
     from transformers import Qwen2ForCausalLM
 
@@ -193,7 +194,7 @@ def test_families_are_compared_in_both_types(dtype, monkeypatch):
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", capped)
     with pytest.raises(SystemExit, match="'qwen2' changes its logits"):
-        check_family(shard_model(make_tiny("qwen2").to(dtype)))
+        check_family(shard_model(make_tiny("qwen2").to(dtype)), _logits)
 
 
 def test_sft_and_grpo_refuse_a_family_before_training(data, tmp_path, stage):
