@@ -552,7 +552,7 @@ def test_hostile_text_is_wrong_and_harmless(tmp_path, monkeypatch):
 
 
 def test_nothing_is_evaluated():
-    files = ("rewards.py", "plumbing/answers.py", "plumbing/grader.py")
+    files = ("rewards.py", "plumbing/answers.py", "plumbing/grader.py", "plumbing/undone.py")
     source = "".join((ROOT / file).read_text() for file in files)
     for name in ("eval(", "exec(", "sympify(", "parse_expr(", "pickle.", "shell=True", "os.system"):
         assert name not in source
