@@ -30,7 +30,7 @@ from data.sources import load_gradable
 from grpo import sample
 from model_utils import completion_texts, encode_prompt, find_stop_ids, load_model, load_tokenizer
 from plumbing import folder
-from plumbing.answers import GRADER_COUNTS, grade, grader_stats
+from plumbing.answers import GRADER_COUNTS, grade, grader_stats, restated
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.intervals import bootstrap_interval, paired_difference
@@ -42,7 +42,7 @@ from rewards import TAG, extract_answer, parse_completion
 
 # How results are printed. The z in a format makes -0.0002 read 0.000, not -0.000.
 SUMMARY = """{model} on {name}: {n_problems} problems x {n_samples}
-  accuracy {accuracy:.3f}  95 % interval {ci_low:z.3f} to {ci_high:z.3f}
+  accuracy {accuracy:.3f}  95 % interval {ci_low:z.3f} to {ci_high:z.3f}  restated {restated:.3f}
   mean length {mean_length:.1f}  well-formed {format_rate:.3f}  truncated {truncation_rate:.3f}
   maj@{n_samples} {maj_at_n:.3f}  {rates}"""
 DIFFERENCE = """{name:24} {n_problems:5} problems  {first:.3f} to {second:.3f}  \
@@ -94,12 +94,14 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
         ids = [p["given"] + new for p, new in zip(each, sampled)]  # a given plan is part of it
         texts = completion_texts(tokenizer, ids, stop_ids)
         answers = [extract_answer(text) for text in texts]
-        verdicts = grade([p["answer"] for p in each], answers)
+        golds = [p["answer"] for p in each]
+        verdicts = grade(golds, answers)
         samples = [
             {"completion": text, "answer": answer, "correct": bool(right), "tokens": len(tokens),
              "well_formed": parse_completion(text) is not None,
-             "truncated": tokens[-1] not in stop_ids}
-            for text, answer, right, tokens in zip(texts, answers, verdicts, ids)
+             "truncated": tokens[-1] not in stop_ids,
+             "restated": bool(right) and restated(gold, answer)}
+            for text, gold, answer, right, tokens in zip(texts, golds, answers, verdicts, ids)
         ]
     names = ("benchmark", "id", "problem", "answer")
     heads = [{name: problem[name] for name in names} for problem in mine]
@@ -152,6 +154,7 @@ def figures(groups: list[list[dict]], seed: int) -> dict:
         "maj_at_n": mean([[maj_at_n(r["samples"]) for r in group] for group in groups]),
         "mean_length": share("tokens"), "format_rate": share("well_formed"),
         "truncation_rate": share("truncated"),
+        "restated": mean([[s.get("restated", False) for s in part] for part in samples]),
         "pass_at_k": {k: float(np.mean(parts)) for k, parts in chances.items()},
     }
 

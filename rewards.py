@@ -75,9 +75,13 @@ def extract_answer(text: str) -> str | None:
     r"""The final answer as a string, or None if there is none. Linear time.
 
     It is the last balanced box of the last <answer> span (which may never close), else the whole
-    span. Without an <answer> tag, only the last balanced box of the text counts. The span is
-    isolated first, because math-verify reads "first \boxed{1}, then \boxed{2}" as the set {1, 2}.
+    span. Without an <answer> tag, only the last balanced box of the text counts. Boxes that make up
+    one list count as one (see `last_box`). The span is isolated first, because math-verify reads
+    "first \boxed{1}, then \boxed{2}" as the set {1, 2}. A text whose plan never closes has no
+    answer, whatever its plan holds.
     """
+    if "<plan>" in text and "</plan>" not in text:
+        return None
     start = text.rfind("<answer>")
     if start < 0:
         return last_box(text) or None

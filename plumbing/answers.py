@@ -18,7 +18,10 @@ Where the verdict differs from math-verify's:
   2,1 /= 1,2              a plain list of numbers has an order; golds \{1,2\} and x=1,x=2 have none
   June 5 = \text{June 5}  what has one `plain` spelling is equal, even if it cannot be parsed
   The answer is 5 /= 5    a sentence without a box is not searched for a number
-A text over 2,000 characters, with invisible characters, ... is wrong unread (see `refusal`).
+  \boxed{1}, \boxed{2}    boxes side by side are one list (see `last_box`)
+Published figures count \binom{8}{4} for 70 as right, as math-verify does. Training need not: see
+`restated`. A text over 2,000 characters, with invisible characters, ... is wrong unread (see
+`refusal`).
 """
 
 import re
@@ -28,6 +31,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from plumbing import grader
+from plumbing.undone import ARITHMETIC, is_equation, undone
 
 MAX_CHARS = 2_000  # of an answer; real ones stay under 200
 MAX_DIGITS = 200  # in one run; 2^500 has 151
@@ -35,10 +39,11 @@ MAX_DEPTH = 25  # of brackets in brackets
 BATCH_SECONDS = 10.0  # time budget for each started BATCH_SIZE pairs
 BATCH_SIZE = 2_048
 
-# What runs log of grader_stats: what was judged, and what was called wrong without a verdict.
+# What runs log of grader_stats: what was judged, what was called wrong without a verdict, and what
+# restates the question.
 GRADER_COUNTS = (
     "graded", "judged", "refused", "bad_golds", "unparsed", "errors", "timeouts", "worker_deaths",
-    "over_budget",
+    "over_budget", "restated",
 )
 
 
@@ -46,13 +51,19 @@ GRADER_COUNTS = (
 # Grading in batches
 
 
-def answers_equal(gold: str, answer: str | None) -> bool:
+def answers_equal(gold: str, answer: str | None, evaluated: bool = False) -> bool:
     """Whether the answer is right: `grade` of one pair. Not symmetric: the gold's form decides."""
-    return grade([gold], [answer])[0]
+    return grade([gold], [answer], evaluated=evaluated)[0]
 
 
-def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SECONDS) -> list[bool]:
+def grade(
+    golds: list[str], answers: list[str | None], budget: float = BATCH_SECONDS,
+    evaluated: bool = False,
+) -> list[bool]:
     """Whether each answer equals its gold (Eq. 3). None means that no answer was found: wrong.
+
+    With `evaluated` an answer that is `restated` is wrong, too: training rewards no copy of the
+    question. Such answers are counted either way.
 
     Time is bounded. An answer is wrong, and counted in `grader_stats`, if it takes over
     grader.CPU_SECONDS, if it kills each worker that it meets, or if slow answers leave no time for
@@ -85,10 +96,35 @@ def grade(golds: list[str], answers: list[str | None], budget: float = BATCH_SEC
                     verdicts[i] = verdict
         batches = -(-len(golds) // BATCH_SIZE)
         judged = pool.judge(list(undecided), budget * batches)
-    for pair, indices in undecided.items():
-        for i in indices:
-            verdicts[i] = judged[pair]
+        for pair, indices in undecided.items():
+            for i in indices:
+                verdicts[i] = judged[pair]
+        for i in [i for i, right in enumerate(verdicts) if right]:
+            if restated(golds[i], answers[i]):
+                pool.stats["restated"] += 1
+                verdicts[i] = not evaluated
     return verdicts
+
+
+@lru_cache(grader.CACHE_SIZE)
+def restated(gold: str, answer: str) -> bool:
+    r"""Whether the answer leaves an operation undone that its gold does not: \binom{8}{4} for 70.
+
+    Linear time, without a worker. It says nothing of whether the answer is right.
+    """
+    if refusal(gold) or refusal(answer):
+        return False
+    ours, theirs = (clean(text.replace("÷", r"\div ")) for text in (gold, answer))
+    if plain(ours) == plain(theirs):
+        return False
+    allowed = undone(ours)
+    extra = undone(theirs, equation=is_equation(ours)) - allowed
+    if allowed:  # 5! accepts 5 \cdot 4!, as it is no normal form itself
+        extra -= {ARITHMETIC}
+    number = parse_number(plain(ours))
+    if number and (number.places or 0) >= 6:  # \sin 1 is more exact than 0.841471
+        extra -= {"trigonometry"}
+    return bool(extra)
 
 
 def check_gold(gold: str) -> str | None:
@@ -127,12 +163,13 @@ def grader_stats(reset: bool = False) -> dict[str, float]:
                                     errors those that raised (error_<kind> counts each kind)
     timeouts, over_budget           answers that are wrong because they ran out of time
     worker_deaths                   deaths of workers; the answer is tried again, twice at most
+    restated                        right answers that `restated` finds less evaluated than the gold
     slow                            deadlines hit, that of the first look included
     peak_mb                         the largest memory of a worker, in MiB
     """
     names = (
         "graded", "no_answer", "refused", "bad_golds", "judged", "right", "wrong", "unparsed",
-        "errors", "timeouts", "worker_deaths", "over_budget", "slow", "peak_mb",
+        "errors", "timeouts", "worker_deaths", "over_budget", "restated", "slow", "peak_mb",
     )
     with grader.pool.lock:
         stats = {**dict.fromkeys(names, 0), **grader.pool.stats}
@@ -174,22 +211,45 @@ def refusal(text: str) -> str | None:
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 
 
+# What may stand between the boxes of one list. Each repetition takes a whole token: linear time.
+BETWEEN_BOXES = re.compile(
+    r"(?:[\s,;$~]|\\[,;:! \\()\[\]]|\\q?quad(?![a-zA-Z])|and(?![a-zA-Z])|or(?![a-zA-Z])|"
+    r"\\(?:text|textrm|mathrm|mbox) ?\{ ?(?:,? ?and|,? ?or|,) ?\})*"
+)
+
+
 def last_box(text: str) -> str | None:
     r"""Content of the balanced \boxed{} or \fbox{} that begins last, or None.
 
+    Boxes with nothing but commas, semicolons, "and", "or", dollar signs or spaces between them are
+    one list, without repetitions: \boxed{1} and \boxed{-2} are \{1, -2\}, as any order is right.
+    Other words between them end the list, so that hedging earns nothing.
+
     One pass: it takes linear time on hostile text, too.
     """
-    groups: list[tuple[int, bool]] = []  # open braces: where the content begins, is it a box
-    last: tuple[int, int] | None = None
+    groups: list[tuple[int, int, bool]] = []  # open braces: begin, that of the content, is it a box
+    boxes: list[tuple[int, int, int]] = []  # begin, begin and end of the content; by their ends
+    last = -1  # which of them begins last
     for match in BOX.finditer(text):
         token = match.group()
         if token == "}" and groups:
-            start, is_box = groups.pop()
-            if is_box and (last is None or start > last[0]):
-                last = (start, match.start())
+            begin, start, is_box = groups.pop()
+            if is_box:
+                boxes.append((begin, start, match.start()))
+                if last < 0 or begin > boxes[last][0]:
+                    last = len(boxes) - 1
         elif token.endswith("{") and token != "\\{":
-            groups.append((match.end(), token != "{"))
-    return text[last[0]:last[1]].strip() if last else None
+            groups.append((match.start(), match.end(), token != "{"))
+    if last < 0:
+        return None
+    first = last
+    while first and BETWEEN_BOXES.fullmatch(text, boxes[first - 1][2] + 1, boxes[first][0]):
+        first -= 1
+    found = dict.fromkeys(text[start:end].strip() for _, start, end in boxes[first:last + 1])
+    joined = ", ".join(filter(None, found))
+    if len(found) == 1 or not is_number_list(joined):
+        return joined
+    return f"\\{{{THOUSANDS.sub('', joined)}\\}}"
 
 
 SYMBOLS = str.maketrans({

@@ -281,7 +281,12 @@ EXTRACTED = [
     ("<answer>\\boxed{5}", "5"),  # cut off before the tag closes
     ("<answer></answer>", None),
     ("<answer> \n </answer>", None),
-    ("so \\boxed{1} and \\boxed{8}.", "8"),
+    ("so \\boxed{1} and \\boxed{8}.", "\\{1, 8\\}"),
+    ("so \\boxed{1} and not \\boxed{8}.", "8"),
+    ("<plan>\\boxed{7}", None),  # a plan that never closes has no answer
+    ("<plan>7 <think>t</think> <answer>\\boxed{7}</answer>", None),
+    ("<plan>7</plan> <plan>8 \\boxed{8}", "8"),
+    ("7</plan> <answer>\\boxed{7}</answer>", "7"),  # the prompt has opened it
     ("the answer is 8", None),
     ("\\boxed{}", None),
     ("\\boxed{8", None),
@@ -547,7 +552,7 @@ def test_hostile_text_is_wrong_and_harmless(tmp_path, monkeypatch):
 
 
 def test_nothing_is_evaluated():
-    files = ("rewards.py", "plumbing/answers.py", "plumbing/grader.py")
+    files = ("rewards.py", "plumbing/answers.py", "plumbing/grader.py", "plumbing/undone.py")
     source = "".join((ROOT / file).read_text() for file in files)
     for name in ("eval(", "exec(", "sympify(", "parse_expr(", "pickle.", "shell=True", "os.system"):
         assert name not in source
