@@ -69,6 +69,7 @@ class Config(TrainingFlags):
     alpha: float = 0.1  # size of the length reward (Eq. 8); 0: none
     structure: float = 0.2  # size of the structure reward (Eq. 6); 0: none
     correct_only: bool = False  # give the length reward to right completions only
+    evaluated: bool = True  # an answer less evaluated than its gold is wrong: docs/judging.md
     overlong_buffer: int = 0  # DAPO: penalise this many tokens before the limit; 0: none
     std_norm: bool = True  # divide advantages by the group's std (Eq. 10); false: Dr. GRPO
     std_of: Literal["total", "outcome"] = "total"  # std of the total (segment: without plan reward)
@@ -259,16 +260,15 @@ class Group:
     rollouts: list[Rollout]
 
 
-def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int]):
-    """Fill in text, well_formed and correct of every completion."""
+def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int], evaluated: bool = False):
+    """Fill in text, well_formed and correct of every completion. See --evaluated."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
     for rollout, text in zip(rollouts, texts):
         rollout.text, rollout.well_formed = text, parse_completion(text) is not None
-    # A plan that never closed has no CoT: a box in it would earn the plan full marks.
-    answers = [None if r.is_plan else extract_answer(r.text) for r in rollouts]
+    answers = [extract_answer(r.text) for r in rollouts]  # None for a plan that never closed
     golds = [group.question["answer"] for group in groups for _ in group.rollouts]
-    for rollout, right in zip(rollouts, grade(golds, answers)):
+    for rollout, right in zip(rollouts, grade(golds, answers, evaluated=evaluated)):
         rollout.correct = right
 
 
@@ -553,7 +553,7 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     run.leave_if_asked()
     with run.timer("reward"):
         groups = [Group(question, rollouts) for question, rollouts in zip(questions, trees)]
-        grade_groups(tokenizer, groups, stop_ids)
+        grade_groups(tokenizer, groups, stop_ids, config.evaluated)
     return groups
 
 

@@ -8,6 +8,7 @@ from plumbing.attention import pack
 from plumbing.ranks import require
 
 
+@torch.no_grad()
 def check_family(model, logits_of: Callable):
     """Refuse a family whose own forward, which samples, computes otherwise than training does.
 

@@ -23,8 +23,8 @@ import sft
 from conftest import ROOT, make_tiny
 from data.toy import make_problems, make_tokenizer
 from model_utils import _logits, load_sharded, shard_model
-from plumbing.family import check_family
 from plumbing.attention import pack
+from plumbing.family import check_family
 from plumbing.flags import TrainingFlags
 from plumbing.log import step_metrics
 from plumbing.ranks import init_distributed, rank
@@ -250,7 +250,7 @@ def load_under_torchrun():
 
 def test_a_gap_of_sampler_and_trainer_ends_the_first_step_only(capsys):
     shape = torch.zeros(0, 2, 2)
-    rewards = dict.fromkeys(("total", "correct", "well_formed", "lengths"), shape)
+    rewards = dict.fromkeys(("total", "outcome", "correct", "well_formed", "lengths"), shape)
 
     def metrics(gap, **options):
         updates = [{"sampler_gap": gap, "grad_norm": 1.0}, {"sampler_gap": 9.0, "grad_norm": 1.0}]

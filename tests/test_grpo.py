@@ -336,12 +336,11 @@ def test_the_format_rewards_have_settings_of_their_own():
 
 
 def test_a_plan_that_never_closed_is_not_right_whatever_it_holds():
-    text = "<plan> guess \\boxed{7}"
-    tokenizer = types.SimpleNamespace(batch_decode=lambda completions: [text] * len(completions))
-    open_plan = Rollout([3], [9], ids=[2], is_plan=True)
-    completion = Rollout([3], [9], ids=[2], plan_tokens=1)
-    grpo.grade_groups(tokenizer, [grpo.Group({"answer": "7"}, [open_plan, completion])], [1])
-    assert (open_plan.correct, completion.correct) == (False, True)
+    texts = ["<plan> guess \\boxed{7}", "<plan> guess </plan> \\boxed{7}", "\\boxed{7}"]
+    tokenizer = types.SimpleNamespace(batch_decode=lambda completions: texts)
+    rollouts = [Rollout([3], [9], ids=[2]) for _ in texts]
+    grpo.grade_groups(tokenizer, [grpo.Group({"answer": "7"}, rollouts)], [1])
+    assert [r.correct for r in rollouts] == [False, True, True]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def test_toy_splits():
 
 BOXES = {
     r"\boxed{a{b}c}": "a{b}c",
-    r"\boxed{1} \boxed{2}": "2",
+    r"\boxed{1} \boxed{2}": r"\{1, 2\}",
     "none": None,
     r"\boxed{never closed": None,
 }
@@ -213,7 +213,7 @@ def dapo(index, question):
 
 BOXED = "Return your final response within \\boxed{}. 2 + 2?"
 UNUSED = {"source": "s", "test_cases": None, "starter_code": None}
-TRUTH = "thus \\boxed{3} or \\boxed{4}."
+TRUTH = "thus \\boxed{3}, no, \\boxed{4}."
 GPQA = {
     "Question": "Which?",
     "Correct Answer": "right\n",
