@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 
 from data.sources import draw, load_questions
+from data.verifiers import verify
 from model_utils import (
     completion_texts,
     encode_prompt,
@@ -40,7 +41,7 @@ from model_utils import (
     plan_marks,
     unsharded,
 )
-from plumbing.answers import grade, grader_stats
+from plumbing.answers import grader_stats
 from plumbing.attention import Packed, micro_batches, pack
 from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
@@ -258,15 +259,19 @@ class Group:
     rollouts: list[Rollout]
 
 
-def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int]):
-    """Fill in text, well_formed and correct of every completion."""
+def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int], salt: str = ""):
+    """Fill in text, well_formed and correct of every completion.
+
+    `salt` is this rollout's own: the worlds of verifiers that draw one are drawn from it.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
     for rollout, text in zip(rollouts, texts):
         rollout.text, rollout.well_formed = text, parse_completion(text) is not None
     answers = [extract_answer(r.text) for r in rollouts]
-    golds = [group.question["answer"] for group in groups for _ in group.rollouts]
-    for rollout, right in zip(rollouts, grade(golds, answers)):
+    questions = [group.question for group in groups for _ in group.rollouts]
+    salts = [f"{salt} {i}" for i in range(len(rollouts))]
+    for rollout, right in zip(rollouts, verify(questions, answers, salts)):
         rollout.correct = right
 
 
@@ -519,7 +524,8 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
             options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
             trees = sample_tree(model, [p["prompt"] for p in mine], greedy, **options)
             texts = completion_texts(tokenizer, [tree[0].ids for tree in trees], stop_ids)
-            right = sum(grade([p["answer"] for p in mine], [extract_answer(t) for t in texts]))
+            answers = [extract_answer(text) for text in texts]
+            right = sum(verify(mine, answers, ["held out"] * len(mine)))
     grader_stats(reset=True)  # a step counts its own rollouts
     return float(all_sum(torch.tensor(right, device=model.device))) / len(problems)
 
@@ -538,7 +544,7 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     run.leave_if_asked()
     with run.timer("reward"):
         groups = [Group(question, rollouts) for question, rollouts in zip(questions, trees)]
-        grade_groups(tokenizer, groups, stop_ids)
+        grade_groups(tokenizer, groups, stop_ids, f"{config.seed} {end} {rank()}")
     return groups
 
 
