@@ -238,8 +238,7 @@ def test_the_demos_summary(tmp_path, capsys):
         demo_tools.stage(tmp_path, "sft", [sys.executable, "-c", "raise SystemExit(3)"])
     demo_tools.summary(tmp_path)
     said = capsys.readouterr().out
-    tokens = "GRPO decoded 600 tokens in 2 steps, PTA-GRPO decoded 600 tokens in 3 steps.\nPTA-GRPO is"
-    assert tokens in said
+    assert "GRPO decoded 600 tokens in 2 steps, PTA-GRPO decoded 600 tokens in 3 steps." in said
     assert "after SFT (wrong):\n    <plan> sft </plan>\n    <think> 0 </think>\n" in said
     assert "after PTA-GRPO (right):\n    <plan> pta </plan>\n" in said
     assert "after GRPO           50.0%        0.0 to 90.0%          20.0        100.0%\n" in said
