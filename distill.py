@@ -3,7 +3,7 @@
 A teacher reads a problem with its CoT and summarises the CoT into the plan that its author
 followed. It only summarises, so it need not be strong. There are three kinds of --teacher:
 
-    rule                     the toy task only: cuts a CoT down to its plan, without a model
+    rule                     embedded tasks only: cuts a CoT down to its plan, without a model
     a folder or hub id       a local model, through grpo.py's sampling loop; the policy itself
                              gives the paper's "self-plan" (its Table 7)
     http(s)://host:port/v1   an OpenAI-compatible server; --teacher_model names the model there,
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
+from data import doors, toy
 from data.sources import load_records
-from data.toy import plan_of
 from grpo import sample
 from model_utils import completion_texts, find_stop_ids, load_model, load_tokenizer
 from plumbing.answers import plan_leaks
@@ -89,9 +89,13 @@ Answers = Iterator[tuple[dict, str | None, str | None]]
 def ask_rule(records: list[dict], config: Config) -> Answers:
     for record in records:
         try:
-            yield record, plan_of(record["solution"]), None
+            if record.get("verifier") == "doors":
+                plan = doors.plan_of(record["problem"], record["solution"])
+            else:
+                plan = toy.plan_of(record["solution"])
         except ValueError as error:
-            fail(f"record {record['id']}: {error}; --teacher rule reads the toy task only")
+            fail(f"record {record['id']}: {error}; --teacher rule reads the embedded tasks only")
+        yield record, plan, None
 
 
 def ask_local(records: list[dict], config: Config) -> Answers:

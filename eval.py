@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from data.sources import load_gradable
+from data.verifiers import verify
 from grpo import sample
 from model_utils import completion_texts, encode_prompt, find_stop_ids, load_model, load_tokenizer
 from plumbing import folder
-from plumbing.answers import GRADER_COUNTS, grade, grader_stats, restated
+from plumbing.answers import GRADER_COUNTS, grader_stats, restated
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.intervals import bootstrap_interval, paired_difference
@@ -94,14 +95,15 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
         ids = [p["given"] + new for p, new in zip(each, sampled)]  # a given plan is part of it
         texts = completion_texts(tokenizer, ids, stop_ids)
         answers = [extract_answer(text) for text in texts]
-        golds = [p["answer"] for p in each]
-        verdicts = grade(golds, answers)
+        # Sample i of a problem meets the same world in every evaluation with this --seed.
+        salts = [f"{config.seed} {i % n}" for i in range(len(each))]
+        verdicts = verify(each, answers, salts)
         samples = [
             {"completion": text, "answer": answer, "correct": bool(right), "tokens": len(tokens),
              "well_formed": parse_completion(text) is not None,
              "truncated": tokens[-1] not in stop_ids,
-             "restated": bool(right) and restated(gold, answer)}
-            for text, gold, answer, right, tokens in zip(texts, golds, answers, verdicts, ids)
+             "restated": bool(right) and restated(p["answer"], answer)}
+            for p, text, answer, right, tokens in zip(each, texts, answers, verdicts, ids)
         ]
     names = ("benchmark", "id", "problem", "answer")
     heads = [{name: problem[name] for name in names} for problem in mine]

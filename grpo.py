@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 
 from data.sources import draw, load_questions
+from data.verifiers import verify
 from model_utils import (
     completion_texts,
     encode_prompt,
@@ -41,7 +42,7 @@ from model_utils import (
     plan_marks,
     unsharded,
 )
-from plumbing.answers import grade, grader_stats
+from plumbing.answers import grader_stats
 from plumbing.attention import Packed, micro_batches, pack
 from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
@@ -260,15 +261,22 @@ class Group:
     rollouts: list[Rollout]
 
 
-def grade_groups(tokenizer, groups: list[Group], stop_ids: list[int], evaluated: bool = False):
-    """Fill in text, well_formed and correct of every completion. See --evaluated."""
+def grade_groups(
+    tokenizer, groups: list[Group], stop_ids: list[int], *, salt: str = "", evaluated: bool = False
+):
+    """Fill in text, well_formed and correct of every completion.
+
+    `salt` is this rollout's own: verifiers that draw a world per completion draw it from there.
+    `evaluated` is --evaluated.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
     for rollout, text in zip(rollouts, texts):
         rollout.text, rollout.well_formed = text, parse_completion(text) is not None
     answers = [extract_answer(r.text) for r in rollouts]  # None for a plan that never closed
-    golds = [group.question["answer"] for group in groups for _ in group.rollouts]
-    for rollout, right in zip(rollouts, grade(golds, answers, evaluated=evaluated)):
+    questions = [group.question for group in groups for _ in group.rollouts]
+    salts = [f"{salt} {i}" for i in range(len(rollouts))]
+    for rollout, right in zip(rollouts, verify(questions, answers, salts, evaluated)):
         rollout.correct = right
 
 
@@ -553,7 +561,8 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     run.leave_if_asked()
     with run.timer("reward"):
         groups = [Group(question, rollouts) for question, rollouts in zip(questions, trees)]
-        grade_groups(tokenizer, groups, stop_ids, config.evaluated)
+        salt = f"{config.seed} {end} {rank()}"
+        grade_groups(tokenizer, groups, stop_ids, salt=salt, evaluated=config.evaluated)
     return groups
 
 

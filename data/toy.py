@@ -197,12 +197,12 @@ WORDS = [*TAGS, "nothing", "=", "+", "-", ";", "?", *DIGITS, *NAMES]
 WORDS += [f"{name} {word}" for word in ("=", "needs") for name in NAMES]
 
 
-def make_tokenizer():
+def make_tokenizer(words: list[str] = WORDS):
     """A word-level `PreTrainedTokenizerFast`. It decodes to words and signs with spaces between."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+    vocab = {word: i for i, word in enumerate(SPECIAL + words)}
     word_level = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
     # Words are what this matches, from the left. White space between them is dropped.
     pattern = Regex(r"</?[a-z]+>|\\boxed\{|[A-Z] (?:=|needs)|[^\s{}<>]+|\S")
@@ -254,49 +254,58 @@ def make_model(tokenizer, seed: int = 0, width: int = 128, layers: int = 3, head
 # Main
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments(doc: str = __doc__) -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=layout)
     add, ends = parser.add_argument, ("LOW", "HIGH")
     add("--out", required=True, help="folder for the JSONL files and model/")
     add("--sft", type=int, default=6000, help="problems with solutions, to distil and fine-tune on")
     add("--train", type=int, default=6000, help="problems for reinforcement learning")
     add("--test", type=int, default=400, help="problems for each of validation and test")
-    add("--facts", type=int, nargs=2, default=(5, 6), metavar=ends, help="facts per problem")
-    add("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
+    if doc is __doc__:
+        add("--facts", type=int, nargs=2, default=(5, 6), metavar=ends, help="facts per problem")
+        add("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="replace what --out already holds")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_arguments()
-    out, facts, seed = Path(args.out), tuple(args.facts), args.seed
+    args = parser.parse_args()
     require(
-        args.overwrite or not (out / "sft.jsonl").exists(),
-        f"{out} already holds a toy data set: choose another --out or pass --overwrite",
+        args.overwrite or not (Path(args.out) / "sft.jsonl").exists(),
+        f"{args.out} already holds a toy data set: choose another --out or pass --overwrite",
     )
+    return args
+
+
+def write_task(args: argparse.Namespace, files: dict[str, list[dict]], tokenizer):
+    """Write the files of a task, and model/ with random weights, to --out."""
+    out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        problems = make_problems("train", args.sft + args.train, facts, seed, args.terse)
-        files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
-        for split in ("validation", "test"):
-            files[split] = make_problems(split, args.test, facts, seed)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         fail(str(error))
     for name, records in files.items():
         if name != "sft":  # reinforcement learning and evaluation see answers only
             records = [{k: v for k, v in record.items() if k != "solution"} for record in records]
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(lines)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, seed)
+    model = make_model(tokenizer, args.seed)
     tokenizer.save_pretrained(out / "model")
     model.save_pretrained(out / "model")
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
     size = f"{model.num_parameters():,}"
     print(f"{out}: {counts}; a model of {size} parameters with random weights")
+
+
+def main():
+    args = parse_arguments()
+    facts, seed = tuple(args.facts), args.seed
+    try:
+        problems = make_problems("train", args.sft + args.train, facts, seed, args.terse)
+        files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
+        for split in ("validation", "test"):
+            files[split] = make_problems(split, args.test, facts, seed)
+    except ValueError as error:
+        fail(str(error))
+    write_task(args, files, make_tokenizer())
 
 
 if __name__ == "__main__":

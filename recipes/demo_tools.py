@@ -89,6 +89,16 @@ def comparison_sentence(row: dict) -> str:
     return f"PTA-GRPO is {result} ({interval}){chance}: one run, one seed."
 
 
+def tokens_sentence(run: Path) -> str:
+    """Say how many tokens the two methods decoded, and in how many steps."""
+    said = []
+    for name, title in (("grpo", "GRPO"), ("pta", "PTA-GRPO")):
+        steps = load_jsonl(run / name / "metrics.jsonl")
+        tokens = sum(step["decoded_tokens"] for step in steps)
+        said.append(f"{title} decoded {tokens:,} tokens in {len(steps)} steps")
+    return ", ".join(said) + "."
+
+
 def summary(run: Path):
     """Print a question, the table, the comparison and the times; write RUN/summary.json."""
     from eval import compare  # not at the top: a stage's banner need not wait for its imports
@@ -113,7 +123,8 @@ def summary(run: Path):
 
     show_question(records)
     show_table(rows)
-    print("\n" + comparison_sentence(comparison))
+    print("\n" + tokens_sentence(run))
+    print(comparison_sentence(comparison))
     print("\nseconds  " + "  ".join(f"{s['name']} {s['seconds']:.0f}" for s in stages))
     print(f"total {total:.0f} s, peak memory {peak} MB; figures in {file}")
 

@@ -474,7 +474,7 @@ def test_a_steps_weight_knows_earlier_steps_only(tmp_path, monkeypatch):
     data.write_text("".join(json.dumps({**problem, "id": i}) + "\n" for i in range(9)))
     generator, calls = torch.Generator().manual_seed(0), []
 
-    def grade(tokenizer, groups, stop_ids, evaluated):  # an untrained model is never right
+    def grade(tokenizer, groups, stop_ids, **options):  # an untrained model is never right
         for rollout in (r for group in groups for r in group.rollouts):
             rollout.correct = bool(torch.rand(1, generator=generator) < 0.5)
 

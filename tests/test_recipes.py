@@ -229,11 +229,16 @@ def test_the_demos_summary(tmp_path, capsys):
         folder.mkdir()
         (folder / "summary.json").write_text(json.dumps(figures))
         (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for name, steps in {"grpo": 2, "pta": 3}.items():
+        (tmp_path / name).mkdir()
+        step = json.dumps({"decoded_tokens": 600 // steps}) + "\n"
+        (tmp_path / name / "metrics.jsonl").write_text(step * steps)
     demo_tools.stage(tmp_path, "data", [sys.executable, "-c", "pass"])
     with pytest.raises(SystemExit, match="3"):
         demo_tools.stage(tmp_path, "sft", [sys.executable, "-c", "raise SystemExit(3)"])
     demo_tools.summary(tmp_path)
     said = capsys.readouterr().out
+    assert "GRPO decoded 600 tokens in 2 steps, PTA-GRPO decoded 600 tokens in 3 steps." in said
     assert "after SFT (wrong):\n    <plan> sft </plan>\n    <think> 0 </think>\n" in said
     assert "after PTA-GRPO (right):\n    <plan> pta </plan>\n" in said
     assert "after GRPO           50.0%        0.0 to 90.0%          20.0        100.0%\n" in said
