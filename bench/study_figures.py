@@ -52,8 +52,8 @@ def crossed_error(d: np.ndarray) -> tuple[float, float]:
     Both are random: it speaks of other seeds and of other problems. From the mean squares of the
     two-way layout, Var(mean) = (MS_seed + MS_problem - MS_rest) / (S P), but at least the larger of
     the first two alone. Degrees of freedom by Satterthwaite (1946). Where rows are equally good, a
-    t test with it rejects 3 to 6 % at 0.05, and up to 7 % with 3 seeds and strong seed effects. One
-    seed: over problems only.
+    t test with it rejects 2.7 to 6.5 % at 0.05 with 5 seeds, and 3 to 7.5 % with 3 (simulated for
+    100 and 600 problems and several strengths of the effects). One seed: over problems only.
     """
     seeds, problems = d.shape
     ms_problem = seeds * d.mean(0).var(ddof=1)
