@@ -30,16 +30,18 @@ from data.sources import load_gradable
 from data.verifiers import verify
 from grpo import sample
 from model_utils import completion_texts, encode_prompt, find_stop_ids, load_model, load_tokenizer
-from plumbing import folder
-from plumbing.answers import GRADER_COUNTS, grader_stats, restated
+from plumbing import folder, grader
+from plumbing.answers import GRADER_COUNTS, grade, grader_stats, restated
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
-from plumbing.intervals import bootstrap_interval, paired_difference
+from plumbing.intervals import accuracy_interval, paired_difference
 from plumbing.ranks import gather0, init_distributed, print0, progress, rank, require, world_size
 from plumbing.records import Records, load_jsonl
 from plumbing.signals import guarded
 from plumbing.weights import check_context, load_config
 from rewards import TAG, extract_answer, parse_completion
+
+VOTE_ROUNDS = 16  # rounds of comparing wrong answers with each other, for maj@n
 
 # How results are printed. The z in a format makes -0.0002 read 0.000, not -0.000.
 SUMMARY = """{model} on {name}: {n_problems} problems x {n_samples}
@@ -66,7 +68,7 @@ class Config:
     compare: tuple = ()  # two records.jsonl of earlier evaluations: print second - first, and end
     rollout_rows: int = 0  # sequences decoded at once per rank; 0: as many as fit in memory
     limit: int = 0  # use a random subset of each benchmark of this size; 0: all
-    seed: int = 0  # of sampling, the subset, shuffled plans and the bootstrap (< 4e9)
+    seed: int = 0  # of sampling, the subset, shuffled plans and the paired test (< 4e9)
     overwrite: bool = False  # replace the results in --out
     resume: bool = False  # go on after the records in --out
 
@@ -105,11 +107,40 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
              "restated": bool(right) and restated(p["answer"], answer)}
             for p, text, answer, right, tokens in zip(each, texts, answers, verdicts, ids)
         ]
+        label_votes([samples[i:i + n] for i in range(0, len(samples), n)])
     names = ("benchmark", "id", "problem", "answer")
     heads = [{name: problem[name] for name in names} for problem in mine]
     records = [{**head, "samples": samples[i * n:i * n + n]} for i, head in enumerate(heads)]
     shares = gather0([records])  # on rank 0, one list per rank: problem i is on rank i % ranks
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(problems)) if shares]
+
+
+def label_votes(groups: list[list[dict]]):
+    """Set `vote` in the samples of each problem: "right", or one spelling of equal wrong answers.
+
+    None is no answer, and no vote. Wrong answers are equal where the grader, with the more frequent
+    spelling as gold, says so. What it cannot read equals nothing but its own spelling. The cost is
+    bounded: VOTE_ROUNDS answers per problem collect those equal to them, most frequent first.
+    """
+    counted, votes, left = grader.pool.stats.copy(), [], []
+    answers = [{answer_key(s): s["answer"] for s in group} for group in groups]
+    for group in groups:
+        keys = [key for key, _ in Counter(map(answer_key, group)).most_common()]
+        votes.append({key: key for key in keys})
+        left.append([key for key in keys if key not in ("right", None)])
+    for _ in range(VOTE_ROUNDS):
+        pairs = [(i, keys[0], other) for i, keys in enumerate(left) for other in keys[1:]]
+        if not pairs:
+            break
+        golds, others = zip(*((answers[i][first], answers[i][other]) for i, first, other in pairs))
+        for (i, first, other), equal in zip(pairs, grade(list(golds), list(others))):
+            if equal:
+                votes[i][other] = first
+        left = [[k for k in keys[1:] if votes[i][k] == k] for i, keys in enumerate(left)]
+    grader.pool.stats = counted  # the summary counts what was graded against golds
+    for group, vote in zip(groups, votes):
+        for s in group:
+            s["vote"] = vote[answer_key(s)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -126,7 +157,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def answer_key(answered: dict) -> str | None:
-    """What samples of equal answers share: "right", or the spelling; None without an answer."""
+    """What answers of one spelling share: "right", or that spelling; None without an answer."""
     if answered["correct"] or answered["answer"] is None:
         return "right" if answered["correct"] else None
     spelling = re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", answered["answer"])
@@ -134,13 +165,17 @@ def answer_key(answered: dict) -> str | None:
 
 
 def maj_at_n(samples: list[dict]) -> float:
-    """1 if the most frequent answer is right, 1/k if it is one of k equally frequent, else 0."""
-    votes = Counter(key for key in map(answer_key, samples) if key is not None)
-    top = [key for key, count in votes.items() if count == max(votes.values())]
+    """1 if the most frequent answer is right, 1/k if it is one of k equally frequent, else 0.
+
+    Records of earlier versions have no `vote`. There, spellings of one wrong answer vote apart.
+    """
+    cast = (s["vote"] if "vote" in s else answer_key(s) for s in samples)
+    votes = Counter(vote for vote in cast if vote is not None)
+    top = [vote for vote, count in votes.items() if count == max(votes.values())]
     return ("right" in top) / len(top) if top else 0.0
 
 
-def figures(groups: list[list[dict]], seed: int) -> dict:
+def figures(groups: list[list[dict]]) -> dict:
     """The figures of `summarise`: means over benchmarks. `groups`: the records of each."""
     n = len(groups[0][0]["samples"])
     right = [[sum(s["correct"] for s in r["samples"]) for r in group] for group in groups]
@@ -149,7 +184,7 @@ def figures(groups: list[list[dict]], seed: int) -> dict:
     share = lambda name: mean([[s[name] for s in part] for part in samples])
     powers = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= n]
     chances = {k: [np.mean([pass_at_k(n, c, k) for c in part]) for part in right] for k in powers}
-    low, high = bootstrap_interval([np.array(part) for part in right], n, seed=seed)
+    low, high = accuracy_interval([np.array(part) / n for part in right], n)
     return {
         "n_problems": sum(map(len, groups)), "n_samples": n, "ci_low": low, "ci_high": high,
         "accuracy": mean([[c / n for c in part] for part in right]),
@@ -161,7 +196,7 @@ def figures(groups: list[list[dict]], seed: int) -> dict:
     }
 
 
-def summarise(records: list[dict], seed: int = 0) -> dict:
+def summarise(records: list[dict]) -> dict:
     """Figures of eval records, shares in 0..1. Raises ValueError for unequal numbers of samples.
 
     With several benchmarks, each has its own under `benchmarks`; the others are means over them, as
@@ -172,9 +207,9 @@ def summarise(records: list[dict], seed: int = 0) -> dict:
     groups = {}
     for record in records:
         groups.setdefault(record.get("benchmark", ""), []).append(record)
-    summary = figures(list(groups.values()), seed)
+    summary = figures(list(groups.values()))
     if len(groups) > 1:
-        summary["benchmarks"] = {name: figures([group], seed) for name, group in groups.items()}
+        summary["benchmarks"] = {name: figures([group]) for name, group in groups.items()}
     return summary
 
 
@@ -336,7 +371,7 @@ def main():
 
     stats = gather0([grader_stats()])  # every rank graded its own share
     if rank() == 0:
-        summary = summarise(results.read(), config.seed)
+        summary = summarise(results.read())
         summary["grader"] = {name: sum(s[name] for s in stats) for name in GRADER_COUNTS}
         folder.write_whole(out / "summary.json", {**summary, "settings": asdict(config)})
         print_summary(config, summary)

@@ -1,142 +1,105 @@
 """Confidence intervals and a paired test for accuracies of sampled answers.
 
-bench/stats.py measures the intervals' coverage and the test's level. Shapes: N problems of a
-benchmark, R runs (1, or 2 that are compared), b resamples at a time.
+bench/stats.py measures the intervals' coverage and the test's level. N is the number of problems
+of a benchmark, n the number of samples per problem.
+
+Both intervals are Wilson's score interval over an effective number of independent answers: as many
+as would give the mean the variance that it has. That number is between N (all answers to a problem
+agree) and N n (they are independent). A bootstrap fails at a few percent of accuracy. There a
+handful of problems holds nearly all right answers, and resamples know of no others: a sample of
+problems that lacks one more of them has too small a mean and too small a variance at once.
 """
 
 import math
 
 import numpy as np
 
-
-def bootstrap_interval(
-    benchmarks: list[np.ndarray], n, signs=(1,), seed: int = 0, resamples: int = 4000
-) -> tuple[float, float]:
-    """95 % interval of the mean over benchmarks of the mean over problems.
-
-    `benchmarks`: for each, the counts of right samples (N, R). `n`: samples per problem, one number
-    or one per run. `signs`: (1,) for an accuracy, (-1, 1) for the second run's minus the first's.
-    Problems are paired across runs.
-
-    Resampling problems *and* samples counts the sampling noise twice, because the observed shares
-    hold it already. Plain percentiles of such resamples cover too often with few samples per
-    problem, and too seldom with few problems. So each resample is divided by its own standard error
-    (bootstrap-t), in which the surplus cancels. That ratio is useless with one sample per problem,
-    or where more than one resample in 1,000 has no variance: then a score interval (one run) or
-    pseudo-counts (two) take its place.
-    """
-    n, signs = np.broadcast_to(n, len(signs)), np.asarray(signs, dtype=float)
-    rates = [counts.reshape(len(counts), -1) / n for counts in benchmarks]  # (N, R) each
-    values = [rate @ signs for rate in rates]  # (N,) each
-    size, several = sum(map(len, values)), max(n) > 1
-    mean = float(np.mean([v.mean() for v in values]))
-    squares = [v.var(ddof=1) / len(v) if len(v) > 1 else 0.0 for v in values]
-    error = math.sqrt(sum(squares)) / len(values)  # the standard error of `mean`
-    if several and min(map(len, values)) >= 2:
-        means, errors = resample(rates, n, signs, seed, resamples)  # (resamples,) each
-        if (errors < 1e-9).mean() <= 1e-3:
-            errors = np.maximum(errors, 1e-9)
-            if len(signs) == 1:
-                return logit_bootstrap_t(mean, error, means, errors, size)
-            return bootstrap_t(mean, error, means, errors)
-    if len(signs) == 2:
-        return pseudo_count_interval(values)
-    if error and (several or len(values) > 1):
-        # The effective size: this many independent samples would have as much variance.
-        size = mean * (1 - mean) / error**2
-    return score_interval(mean, size)
-
-
-def resample(
-    rates: list[np.ndarray], n: np.ndarray, signs: np.ndarray, seed: int, resamples: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hierarchical bootstrap: problems with replacement, then n new samples of each drawn problem.
-
-    `rates`: for each benchmark, shares of right samples (N, R); `n` and `signs`: (R,). Returns the
-    mean over benchmarks and problems of rates @ signs, and its standard error, (resamples,) each.
-    """
-    rng, means, squares = np.random.default_rng(seed), [], []
-    for rate in rates:
-        size, parts = len(rate), []
-        chunk = max(1, 2_000_000 // size)  # bounds the memory
-        for start in range(0, resamples, chunk):
-            b = min(chunk, resamples - start)
-            drawn = rate[rng.integers(0, size, (b, size))]  # (b, N, R)
-            values = rng.binomial(n, drawn) / n @ signs  # (b, N)
-            parts.append((values.mean(1), values.var(1, ddof=1) / size))
-        means.append(np.concatenate([mean for mean, _ in parts]))
-        squares.append(np.concatenate([square for _, square in parts]))
-    return np.mean(means, axis=0), np.sqrt(np.sum(squares, axis=0)) / len(rates)
+Z = 1.959964  # the normal distribution's 97.5 % quantile
 
 
 # --------------------------------------------------------------------------------------------------
-# Bootstrap-t: an interval from resampled means and their standard errors
+# Intervals
 
 
-def t_quantiles(mean: float, means: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
-    """2.5 % and 97.5 % quantiles of t: how many of its errors a resampled mean is off."""
-    low, high = np.quantile((means - mean) / errors, [0.025, 0.975])
-    return low, high
+def accuracy_interval(shares: list[np.ndarray], n: int) -> tuple[float, float]:
+    """95 % interval of the mean over benchmarks of the mean share of right samples.
 
-
-def bootstrap_t(
-    mean: float, error: float, means: np.ndarray, errors: np.ndarray
-) -> tuple[float, float]:
-    low, high = t_quantiles(mean, means, errors)
-    return float(mean - high * error), float(mean - low * error)
-
-
-def logit_bootstrap_t(
-    mean: float, error: float, means: np.ndarray, errors: np.ndarray, size: int
-) -> tuple[float, float]:
-    """The interval of an accuracy over `size` problems, computed on the logit scale.
-
-    On the scale of accuracies it would cover too often with few problems.
+    `shares`: for each benchmark, one number in 0..1 per problem (N,).
     """
-    shift = 0.5 / size  # keeps the logits of 0 and 1 finite
-
-    def logit(x):
-        return np.log((x + shift) / (1 - x + shift))
-
-    def slope(x):  # of the logit: an error of x is this many times as large on the logit scale
-        return 1 / (x + shift) + 1 / (1 - x + shift)
-
-    def accuracy(y):  # the inverse of the logit
-        return min(max(float((1 + 2 * shift) / (1 + np.exp(-y)) - shift), 0.0), 1.0)
-
-    low, high = t_quantiles(logit(mean), logit(means), slope(means) * errors)
-    y, scale = logit(mean), slope(mean)
-    return accuracy(y - high * scale * error), accuracy(y - low * scale * error)
+    bounds = []
+    for values in shares:
+        mean = values.mean()
+        bounds.append((mean, *score_interval(mean, effective_size(values, n))))
+    low, high = mean_bounds(bounds)
+    return max(low, 0.0), min(high, 1.0)  # rounding may put a bound outside by 1e-17
 
 
-# --------------------------------------------------------------------------------------------------
-# Where resamples tell nothing
+def difference_interval(differences: list[np.ndarray], n: int) -> tuple[float, float]:
+    """95 % interval of the mean over benchmarks of the mean difference of two runs' shares.
+
+    `differences`: for each benchmark, one number in -1..1 per problem (N,). What the second run
+    gains on some problems and what it loses on others are two shares of the same answers. Their
+    intervals are joined as in Newcombe, "Improved confidence intervals for the difference between
+    binomial proportions based on paired data" (1998).
+    """
+    bounds = []
+    for values in differences:
+        gain, loss = np.maximum(values, 0).mean(), np.maximum(-values, 0).mean()
+        size = effective_size(values, n)
+        (gain_low, gain_high), (loss_low, loss_high) = (
+            score_interval(share, size) for share in (gain, loss)
+        )
+        rest = (1 - gain) * (1 - loss)
+        correlation = math.sqrt(gain * loss / rest) if rest else 0.0  # of a gain and minus a loss
+        below = joint_distance(gain - gain_low, loss_high - loss, correlation)
+        above = joint_distance(gain_high - gain, loss - loss_low, correlation)
+        bounds.append((gain - loss, gain - loss - below, gain - loss + above))
+    low, high = mean_bounds(bounds)
+    return max(low, -1.0), min(high, 1.0)
+
+
+def effective_size(values: np.ndarray, n: int) -> float:
+    """How many independent answers would tell as much about the mean of these values (N,).
+
+    The values are shares in 0..1 or differences in -1..1, and an answer counts -1, 0 or 1.
+    """
+    problems, mean, both = len(values), values.mean(), abs(values).mean()
+    variance = both - mean**2  # of one answer
+    if problems < 2 or variance < 1e-12:
+        return problems
+    size = variance / max(values.var(ddof=1) / problems, variance / (problems * n))
+    # The estimated variance is too small where the mean is, so two answers of the rarer kind are
+    # taken off. Only values that lean to one side are skewed like that: those of an accuracy all
+    # do, the differences of two equal runs hardly.
+    lean, rare = abs(mean) / both, max(min(both, 1 - both), 1e-12)
+    return max(size - 2 * lean / rare, problems)
 
 
 def score_interval(mean: float, size: float) -> tuple[float, float]:
     """Wilson's score interval of an accuracy over `size` independent samples."""
-    half = 1.96 * math.sqrt(mean * (1 - mean) / size + 0.96 / size**2)
-    centre, scale = mean + 1.92 / size, 1 + 3.84 / size
+    half = Z * math.sqrt(mean * (1 - mean) / size + Z**2 / (4 * size**2))
+    centre, scale = mean + Z**2 / (2 * size), 1 + Z**2 / size
     return (centre - half) / scale, (centre + half) / scale
 
 
-def pseudo_count_interval(values: list[np.ndarray]) -> tuple[float, float]:
-    """Agresti and Min's interval of paired differences (N,), one array per benchmark.
+def joint_distance(a: float, b: float, correlation: float) -> float:
+    """How far the bound of a sum is, from the distances of its terms to theirs."""
+    return math.sqrt(a**2 + b**2 + 2 * correlation * a * b)
 
-    Two problems are added to every benchmark, one that speaks for each run.
+
+def mean_bounds(bounds: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """The interval of a mean of independent estimates, from the (mean, low, high) of each.
+
+    Squared distances from the estimate to its bound add up like variances (Zou and Donner,
+    "Construction of confidence limits about effect measures", 2008).
     """
-    mean = variance = 0.0
-    for v in values:
-        size = len(v) + 2
-        centre, second = v.sum() / size, ((v**2).sum() + 1) / size
-        mean += centre / len(values)
-        variance += (second - centre**2) / size / len(values) ** 2
-    half = 1.96 * math.sqrt(variance)
-    return max(float(mean - half), -1.0), min(float(mean + half), 1.0)
+    means, lows, highs = np.array(bounds).T
+    below, above = (math.sqrt(((x - means) ** 2).sum()) / len(means) for x in (lows, highs))
+    return float(means.mean() - below), float(means.mean() + above)
 
 
 # --------------------------------------------------------------------------------------------------
-# Two runs
+# The paired test, and the comparison of two runs
 
 
 def permutation_p(benchmarks: list[np.ndarray], seed: int = 0, flips: int = 10_000) -> float:
@@ -173,8 +136,9 @@ def paired_difference(counts: list[np.ndarray], n: list[int], seed: int = 0) -> 
     """
     rates = [count / n for count in counts]
     first, second = (float(np.mean([rate[:, run].mean() for rate in rates])) for run in (0, 1))
-    low, high = bootstrap_interval(counts, n, (-1, 1), seed)
-    p = permutation_p([rate[:, 1] - rate[:, 0] for rate in rates], seed)
+    differences = [rate[:, 1] - rate[:, 0] for rate in rates]
+    low, high = difference_interval(differences, max(n))
+    p = permutation_p(differences, seed)
     size, delta = sum(map(len, counts)), second - first
     row = {"n_problems": size, "first": first, "second": second, "delta": delta}
     return {**row, "ci_low": low, "ci_high": high, "p": p}

@@ -16,9 +16,15 @@ import eval as evaluation
 import sft
 from conftest import ROOT
 from data.toy import make_model, make_problems, make_tokenizer
-from eval import compare, load_plans, maj_at_n, pass_at_k, summarise
+from eval import compare, label_votes, load_plans, maj_at_n, pass_at_k, summarise
+from plumbing.answers import grader_stats
 from plumbing.folder import LOCK, check_run, open_run
-from plumbing.intervals import bootstrap_interval, permutation_p
+from plumbing.intervals import (
+    accuracy_interval,
+    difference_interval,
+    paired_difference,
+    permutation_p,
+)
 from recipes import fig3_hsic
 from recipes.fig3_hsic import hsic, hsic_by_plan_reward, same
 
@@ -56,6 +62,48 @@ VOTES = [
 @pytest.mark.parametrize("samples, value", VOTES)
 def test_maj_at_n(samples, value):
     assert maj_at_n(samples) == pytest.approx(value)
+    label_votes([samples])
+    assert maj_at_n(samples) == pytest.approx(value)  # none of them needs the grader
+
+
+HALF, LONG = (r"\frac{1}{2}", "0.5", "1/2"), ("1" * 300, "1" * 301)  # LONG: refused unread
+EQUAL_VOTES = [
+    (votes("7", "7", *HALF), 0.0),  # two for 7, three for a half
+    (votes("7", "7", *HALF[:2]), 0.5),
+    (votes("7", "7", *HALF[:2], "3", None), 0.5),
+    (votes("7", *HALF, r"2\sqrt{2}", r"\sqrt{8}", "7"), 0.0),
+    (votes("7", "7", r"2\sqrt{2}", "3", r"\sqrt{8}"), 0.5),
+    (votes("7", *LONG), 1 / 3),  # what the grader cannot read equals its own spelling only
+    (votes("7", LONG[0], LONG[1], LONG[0]), 0.0),
+    # The more frequent form decides: a set takes a list in any order, a list has an order.
+    (votes("7", "7", "2,1", r"\{1,2\}", r"\{1,2\}"), 0.0),
+    (votes("7", "7", "2,1", "2,1", r"\{1,2\}"), 0.5),
+]
+
+
+@pytest.mark.parametrize("samples, value", EQUAL_VOTES)
+def test_equal_wrong_answers_vote_together(samples, value):
+    before = grader_stats()
+    others = votes("3", "0.5", None)
+    label_votes([others, samples])
+    assert maj_at_n(samples) == pytest.approx(value)
+    assert [s["vote"] is None for s in samples] == [s["answer"] is None for s in samples]
+    assert [s["vote"] == "right" for s in samples] == [s["correct"] for s in samples]
+    assert len({s["vote"] for s in others}) == 3  # another problem's answers are not compared
+    assert grader_stats() == before  # which counts what was graded against golds
+
+
+def test_the_cost_of_votes_is_bounded(monkeypatch):
+    batches = []
+
+    def unequal(golds, answers):
+        batches.append(len(golds))
+        return [False] * len(golds)
+
+    monkeypatch.setattr(evaluation, "grade", unequal)
+    label_votes([votes(*map(str, range(100, 140)), "105"), votes("3", "4", "5", "7", None)])
+    # 40 and 3 spellings of wrong answers: one batch per round, over both problems.
+    assert batches[:3] == [39 + 2, 38 + 1, 37] and len(batches) == evaluation.VOTE_ROUNDS
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,51 +111,102 @@ def test_maj_at_n(samples, value):
 
 def test_interval_of_many_problems_is_the_normal_one():
     rng = np.random.default_rng(1)
-    right = rng.binomial(8, rng.beta(2, 3, 2000))
-    low, high = bootstrap_interval([right], 8)
+    right = rng.binomial(8, rng.beta(2, 3, 2000)) / 8
+    low, high = accuracy_interval([right], 8)
     # The observed shares hold the sampling noise, so it counts once.
-    half = 1.96 * right.std() / 8 / np.sqrt(2000)
-    assert low == pytest.approx(right.mean() / 8 - half, abs=0.001)
-    assert high == pytest.approx(right.mean() / 8 + half, abs=0.001)
+    half = 1.96 * right.std() / np.sqrt(2000)
+    assert low == pytest.approx(right.mean() - half, abs=0.001)
+    assert high == pytest.approx(right.mean() + half, abs=0.001)
     # Resampling both levels and taking percentiles would be wider by a third here.
-    noise = (right / 8 * (1 - right / 8) / 8).mean() / 2000
+    noise = (right * (1 - right) / 8).mean() / 2000
     assert np.sqrt(1 + noise / (half / 1.96) ** 2) > 1.1
 
 
 def test_one_sample_per_problem_is_wilsons_interval():
     # 13 right of 20: Wilson's score interval without continuity correction is 0.433 to 0.819.
-    low, high = bootstrap_interval([np.array([1] * 13 + [0] * 7)], 1)
+    low, high = accuracy_interval([np.array([1] * 13 + [0] * 7)], 1)
     assert (low, high) == (pytest.approx(0.4329, abs=5e-4), pytest.approx(0.8188, abs=5e-4))
 
 
 def test_unanimous_runs_still_have_an_interval():
-    for right, n in ((np.full(20, 4), 4), (np.zeros(20, int), 4), (np.ones(20, int), 1)):
-        low, high = bootstrap_interval([right], n)
+    for share, n in ((1.0, 4), (0.0, 4), (1.0, 1), (0.0, 64)):
+        low, high = accuracy_interval([np.full(20, share)], n)
         assert high - low == pytest.approx(3.84 / 23.84, abs=1e-3)  # Wilson: z^2 / (N + z^2)
-        assert low <= right.mean() / n + 1e-9 and high >= right.mean() / n - 1e-9
+        assert 0 <= low <= share <= high <= 1 and share in (low, high)
+    low, high = difference_interval([np.zeros(20)], 4)
+    assert high == -low and 0.1 < high < 0.25  # one gain and no loss, or the reverse, is possible
 
 
-@pytest.mark.parametrize("problems, n, a, b", [(30, 64, 0.4, 0.75), (60, 4, 2, 2)])
+def test_the_effective_size_by_hand():
+    shares = np.array([0.5] * 5 + [0.0] * 5)
+    # Variance of an answer: 1/4 x 3/4. Of the mean: (10 / 16) / 9 / 10 = 1/144. So 27 answers would
+    # do, two right ones of them are 8. Wilson's bounds p solve (p - 1/4)^2 = z^2 p (1 - p) / 19.
+    for p in accuracy_interval([shares], 64):
+        assert (p - 0.25) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 19, rel=1e-4)
+    for values, size in ((np.full(10, 0.25), 40 - 8), (np.eye(10)[0], 10)):  # between N and N n
+        for p in accuracy_interval([values], 4):
+            error = (p - values.mean()) ** 2
+            assert error == pytest.approx(1.96**2 * p * (1 - p) / size, rel=1e-4)
+
+
+def test_squared_distances_add_up_over_benchmarks():
+    first, second = np.array([1.0] * 13 + [0.0] * 7), np.array([1.0] * 5 + [0.0] * 5)
+    (a, b), (c, d) = (accuracy_interval([part], 1) for part in (first, second))
+    below, above = np.hypot(0.65 - a, 0.5 - c) / 2, np.hypot(b - 0.65, d - 0.5) / 2
+    bounds = accuracy_interval([first, second], 1)
+    assert bounds == pytest.approx((0.575 - below, 0.575 + above))
+
+
+COVERED = [(30, 64, 0.4, 0.75), (60, 4, 2, 2)]
+COVERED += [(30, 64, 0.1, 9.9), (30, 64, 0.2, 4.8), (30, 64, 9.8, 0.2)]  # 1 %, 4 %, 98 %
+
+
+@pytest.mark.parametrize("problems, n, a, b", COVERED)
 def test_intervals_cover(problems, n, a, b):
     rng = np.random.default_rng(3)
-    hits = 0
-    for seed in range(300):
-        right = rng.binomial(n, rng.beta(a, b, problems))
-        low, high = bootstrap_interval([right], n, seed=seed, resamples=400)
-        hits += low <= a / (a + b) <= high
-    assert 0.91 <= hits / 300 <= 0.98  # three standard errors; bench/stats.py has the exact figures
+    shares = rng.binomial(n, rng.beta(a, b, (1500, problems))) / n
+    bounds = np.array([accuracy_interval([part], n) for part in shares])
+    covered = ((bounds[:, 0] <= a / (a + b)) & (a / (a + b) <= bounds[:, 1])).mean()
+    # Three standard errors of 0.6 points; bench/stats.py has the exact figures.
+    assert 0.93 - 0.018 <= covered <= 0.97 + 0.018
+
+
+def test_intervals_of_differences_cover_at_a_few_percent():
+    rng = np.random.default_rng(6)
+    chances = rng.beta(0.2, 4.8, (1500, 30))  # of the first run; the second gets two tries
+    second = rng.binomial(64, 1 - (1 - chances) ** 2)
+    differences = (second - rng.binomial(64, chances)) / 64
+    low, high = np.array([difference_interval([part], 64) for part in differences]).T
+    truth = 0.04 - 0.2 * 1.2 / (5 * 6)  # E p - E p^2 of a beta distribution
+    assert 0.93 - 0.018 <= ((low <= truth) & (truth <= high)).mean() <= 0.97 + 0.018
 
 
 def test_a_difference_is_paired_and_its_sign_is_second_minus_first():
     rng = np.random.default_rng(4)
     base = rng.beta(0.5, 0.5, 300)
     counts = rng.binomial(16, np.stack([base * 0.8, base * 0.8 + 0.1], 1))
-    low, high = bootstrap_interval([counts], (16, 16), (-1, 1))
+    row = paired_difference([counts], [16, 16])
+    low, high = row["ci_low"], row["ci_high"]
     assert low < 0.1 < high and high - low < 0.05
-    apart = [bootstrap_interval([counts[:, run]], 16) for run in (0, 1)]
+    apart = [accuracy_interval([counts[:, run] / 16], 16) for run in (0, 1)]
     assert apart[0][1] - apart[0][0] > 1.7 * (high - low)  # unpaired intervals are far wider
-    swapped = bootstrap_interval([counts[:, ::-1]], (16, 16), (-1, 1), seed=1)
-    assert swapped == pytest.approx((-high, -low), abs=0.003)
+    swapped = paired_difference([counts[:, ::-1]], [16, 16])
+    assert (swapped["ci_low"], swapped["ci_high"]) == pytest.approx((-high, -low))
+
+
+def test_the_interval_of_a_difference_by_hand():
+    # Of 50 problems with one sample each, the second run gained 10 and lost 5. Wilson's intervals
+    # of 10/50 and 5/50 are 0.1124 to 0.3304 and 0.0435 to 0.2136; the correlation is -1/6.
+    below = np.sqrt(0.0876**2 + 0.1136**2 + 0.0876 * 0.1136 / 3)
+    above = np.sqrt(0.1304**2 + 0.0565**2 + 0.1304 * 0.0565 / 3)
+    bounds = difference_interval([np.array([1] * 10 + [-1] * 5 + [0] * 35)], 1)
+    assert bounds == pytest.approx((0.1 - below, 0.1 + above), abs=5e-4)
+    assert difference_interval([np.full(5, -1.0)], 1)[0] == -1.0
+    # Gains and losses of equal size, 0.15 each on average. An answer's variance is 0.3, the mean's
+    # (6 / 4) / 9 / 10 = 1/60: 18 answers, of which none is taken off. Wilson: 0.0496 to 0.3735.
+    half = np.sqrt(0.1004**2 + 0.2235**2 + 2 * 0.15 / 0.85 * 0.1004 * 0.2235)
+    bounds = difference_interval([np.array([0.5] * 3 + [-0.5] * 3 + [0.0] * 4)], 4)
+    assert bounds == pytest.approx((-half, half), abs=5e-4)
 
 
 def test_permutation_p_equals_full_enumeration():
@@ -278,13 +377,73 @@ def test_hsic_rises_with_plan_reward_when_better_plans_predict_better():
     assert [row["plan_reward"] for row in rows] == pytest.approx([0.2, 0.325, 0.45])
 
 
+def plan_trees(chances, questions=1500, plans=4, cots=3):
+    """Rollouts of questions whose plans' CoTs are right with these chances: chances(rng, plans)."""
+    rng, rollouts = np.random.default_rng(0), []
+    for _ in range(questions):
+        right = rng.random((plans, cots)) < np.reshape(chances(rng, plans), (-1, 1))
+        reward = np.exp(right.mean(1)) / np.exp(right.mean(1)).sum()  # Eq. 2 with tau 1
+        texts = {True: r"\boxed{1}", False: r"\boxed{2}"}
+        trees = [
+            [{"text": texts[r], "correct": r, "reward": {"plan": float(reward[i])}} for r in row]
+            for i, row in enumerate(right.tolist())
+        ]
+        rollouts.append({"answer": "1", "plans": [{"completions": tree} for tree in trees]})
+    return rollouts
+
+
+def accuracies(rollouts, by):
+    return [row["accuracy"] for row in hsic_by_plan_reward(rollouts, most=50, by=by)]
+
+
+def test_the_papers_form_rises_with_worthless_plans_and_leaving_one_out_does_not():
+    worthless = plan_trees(lambda rng, m: [0.5] * m)
+    rises, flat = (accuracies(worthless, by) for by in ("plan_reward", "left_out"))
+    assert rises == sorted(rises) and rises[0] < 0.2 and rises[-1] > 0.8
+    assert len(flat) == 5 and 0.46 < min(flat) and max(flat) < 0.54
+    matter = accuracies(plan_trees(lambda rng, m: rng.choice([0.3, 0.7], m)), "left_out")
+    assert matter[0] < 0.42 and matter[-1] > 0.58
+
+
+def test_left_out_scores_by_hand():
+    # Plan 1: right, right, wrong; plan 2: right, wrong, wrong.
+    completion = {"text": r"\boxed{2}", "reward": {"plan": 0.5}}
+    right = [[True, True, False], [True, False, False]]
+    plans = [{"completions": [{**completion, "correct": r} for r in row]} for row in right]
+    points = fig3_hsic.completion_points([{"answer": "1", "plans": plans}])
+    scores = [1 / 2 - 1 / 3, 1 / 2 - 1 / 3, 1 - 1 / 3, 0 - 2 / 3, 1 / 2 - 2 / 3, 1 / 2 - 2 / 3]
+    assert [p["left_out"] for p in points] == pytest.approx(scores)
+    assert [p["predicted"] for p in points] == ["1", "1", "2", "1", "2", "2"]
+    # Slope: of 1/6, 1/6, 4/6, -4/6, -1/6, -1/6 the right ones add up to -2/6; squares to 36/36.
+    assert fig3_hsic.slope_within_questions(points) == pytest.approx(-1 / 3)
+
+
+def test_the_slope_is_free_of_how_hard_questions_are():
+    hard_or_easy = plan_trees(lambda rng, m: [rng.beta(1, 1)] * m)
+    flat, slope = accuracies(hard_or_easy, "left_out"), fig3_hsic.slope_within_questions
+    assert max(flat) - min(flat) > 0.2  # as easy questions gather in one bin
+    points = fig3_hsic.completion_points(hard_or_easy)
+    assert abs(slope(points)) < 0.03  # three standard errors
+    matter = plan_trees(lambda rng, m: rng.choice([0.35, 0.65], m))
+    assert slope(fig3_hsic.completion_points(matter)) > 0.06
+
+
 def test_fig3_command_line(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "rollouts.jsonl", logged_rollouts())
     monkeypatch.setattr(sys, "argv", ["fig3_hsic", str(path)])
     fig3_hsic.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    paper, left_out = capsys.readouterr().out.split("\n\n")
+    assert "rises by construction" in paper and "Slope of correctness" in left_out
+    rows = [line.split() for line in paper.splitlines()[2:]]
     # Three rewards make two of the five bins: plans that are never right, and the others.
     assert [row[:2] for row in rows] == [["plan", "reward"], ["0.200", "450"], ["0.388", "900"]]
+    counts = [line.split()[1] for line in left_out.splitlines()[3:-1]]
+    assert sum(map(int, counts)) == 1350
+    for plans, cots in ((1, 3), (3, 1)):
+        write(path, plan_trees(lambda rng, m: [0.5] * m, 20, plans, cots))
+        fig3_hsic.main()
+        out = capsys.readouterr().out
+        assert "needs rollouts with --cots >= 2 and --plans >= 2" in out and "Slope" not in out
 
 
 def test_fig3_refuses_what_is_no_log_of_rollouts(tmp_path, monkeypatch):
@@ -339,6 +498,8 @@ def test_two_benchmarks_in_one_call(run, start, tmp_path, capsys):
     records = run()
     assert len(set(keys(records))) == len(records) == 14
     assert all(len(r["samples"]) == 3 for r in records)
+    for s in (s for r in records for s in r["samples"]):
+        assert (s["vote"] is None) == (s["answer"] is None)
     summary = json.loads((tmp_path / "e/summary.json").read_text())
     parts = summary["benchmarks"]
     assert list(parts) == [str(start / "one.jsonl"), str(start / "two.jsonl")]
