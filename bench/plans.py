@@ -1,6 +1,6 @@
 """How often does the interval of `eval.py --analysis plans` cover the ICC?
 
-    python -m bench.plans [--simulations 1000]        6 minutes on a free core; prints two tables
+    python -m bench.plans [--simulations 1000]        7 minutes on a free core; prints two tables
 
 Plan trees are simulated with a known ICC. A question's chance of a right answer is drawn from a
 beta distribution, the values of its plans from another one around that chance, and the outcomes of

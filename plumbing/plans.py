@@ -107,7 +107,7 @@ ANALYSIS = """plans on {name}: {n_problems} problems x {plans} plans x {cots} Co
   ICC {icc:.3f}  95 % interval {ci_low:.3f} to {ci_high:.3f}
   standard deviation of plans {plan_std:.3f}, of the CoTs of a plan {cot_std:.3f}
   mean length of plans {plan_tokens:.1f}, of CoTs {cot_tokens:.1f}  plans that closed {closed:.3f}
-  z* {best}, the CoTs per plan that make the plan gradient most precise at an equal token budget
+  z* {best} CoTs per plan make the plan gradient most precise at an equal token budget
   reliability of a plan's score for z = 1 to 8: {reliabilities}
   {advice}
   The accuracy's interval holds for plan trees, too. But maj@n and pass@k above k = 1 are those of
@@ -171,7 +171,7 @@ def advice(figures: dict) -> str:
 def analysis_text(name: str, figures: dict) -> str:
     """The figures of a benchmark as eval.py prints them."""
     best = figures["best_cots"]
-    best = "does not exist" if best is None else f"{best:.2f}"
+    best = "unknown: how many" if best is None else f"{best:.2f}"
     each = "  ".join(f"{share:.2f}" for share in figures["reliability"])
     return ANALYSIS.format(name=name, best=best, reliabilities=each, **figures)
 

@@ -204,7 +204,7 @@ def test_analysis_by_hand():
     assert found["b"]["icc"] == 0 and found["b"]["best_cots"] is None
     text = analysis_text("a", a)
     assert "ICC 0.667" in text and "3 problems x 2 plans x 2 CoTs" in text and a["advice"] in text
-    assert "z* does not exist" in analysis_text("b", found["b"])
+    assert "z* unknown" in analysis_text("b", found["b"])
 
 
 ADVICE = [
