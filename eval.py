@@ -9,6 +9,7 @@ The defaults are the paper's (arXiv 2510.01833, A.10): temperature 0.6, top-p 0.
     python eval.py ... --plan given.jsonl                        reason from these plans (id, plan)
     python eval.py ... --plan shuffled --plan_from FILE          from another problem's plan
     python eval.py ... --plan none                               from no plan: start at <think>
+    python eval.py ... --analysis plans                          how much does the plan decide?
 
 An interval includes the choice of problems: with 30 problems it stays wide, however large n is.
 """
@@ -22,19 +23,28 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from data.sources import load_gradable
 from data.verifiers import verify
-from grpo import sample
-from model_utils import completion_texts, encode_prompt, find_stop_ids, load_model, load_tokenizer
+from grpo import sample, sample_tree
+from model_utils import (
+    completion_texts,
+    encode_prompt,
+    find_stop_ids,
+    load_model,
+    load_tokenizer,
+    plan_marks,
+)
 from plumbing import folder, grader
 from plumbing.answers import GRADER_COUNTS, grade, grader_stats, restated
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.intervals import accuracy_interval, paired_difference
+from plumbing.plans import analyse, analysis_text
 from plumbing.ranks import gather0, init_distributed, print0, progress, rank, require, world_size
 from plumbing.records import Records, load_jsonl
 from plumbing.signals import guarded
@@ -58,9 +68,12 @@ class Config:
     data: tuple = ("math500", "aime24", "aime25", "amc23")  # JSONL paths or names of data/README.md
     out: str = "runs/eval"  # folder for records.jsonl and summary.json
     n: int = 64  # samples per problem (>= 1)
+    analysis: Literal["", "plans"] = ""  # plans: how much of the outcome does the plan decide?
+    cots: int = 1  # with --analysis plans: samples that share a plan, there 4 if not given (>= 1)
     temperature: float = 0.6  # 0: greedy
     top_p: float = 0.95  # nucleus (> 0, <= 1)
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted (>= 1)
+    max_plan_tokens: int = 512  # a longer plan of the model's own gets no CoT; 0: no limit
     max_completion_tokens: int = 3584  # plan and CoT together (>= 1)
     plan: str = ""  # empty: the model's own; none; shuffled; a JSONL file of plans or eval records
     plan_from: str = ""  # with --plan shuffled: the JSONL file that the plans are taken from
@@ -73,15 +86,52 @@ class Config:
     resume: bool = False  # go on after the records in --out
 
     def check(self):
-        """Refuse what cannot work, before anything is loaded."""
+        """Refuse what cannot work. The default plan limit is cut to half the completion limit."""
+        if self.max_plan_tokens == Config.max_plan_tokens:
+            self.max_plan_tokens = min(self.max_plan_tokens, self.max_completion_tokens // 2)
         files, shuffled = {Path(name).resolve() for name in self.data}, self.plan == "shuffled"
         require(len(files) == len(self.data), "--data names a benchmark twice: leave one out")
         require(not shuffled or self.plan_from, "--plan shuffled needs --plan_from FILE with plans")
         require(shuffled or not self.plan_from, "--plan_from goes with --plan shuffled: pass both")
+        plan, limit = self.max_plan_tokens, self.max_completion_tokens
+        require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
+        if not self.analysis:
+            return require(self.cots == 1, "--cots goes with --analysis plans: pass both")
+        self.cots = 4 if self.cots == Config.cots else self.cots
+        require(not self.plan, "--analysis plans is about the model's own plans: leave --plan out")
+        sampled = self.temperature and plan
+        require(sampled, "--analysis plans wants --temperature and --max_plan_tokens above 0")
+        several = self.n % self.cots == 0 and self.plans > 1
+        require(several, f"--n must be 2 or more times {self.cots}, the CoTs per plan (--cots)")
+
+    @property
+    def plans(self) -> int:  # per problem; each has `cots` of the n samples
+        return self.n // self.cots
 
 
 # --------------------------------------------------------------------------------------------------
 # Sampling and grading
+
+def complete(model, tokenizer, problems: list[dict], config: Config, seed: int) -> tuple:
+    """Token ids of n completions of each problem, problem-major, and the lengths of their plans.
+
+    A given plan is part of its completion, and its length counts as 0, like that of a plan that
+    never closed. The model's own plans are cut at --max_plan_tokens, as in training.
+    """
+    options = dict(stop_ids=find_stop_ids(model, tokenizer), top_p=config.top_p, seed=seed)
+    if not config.plan:
+        opened, closed = plan_marks(tokenizer)
+        options |= dict(plan_opened=opened, plan_closed=closed)
+        trees = sample_tree(model, [p["prompt"] for p in problems], config, **options)
+        rollouts = [rollout for tree in trees for rollout in tree]
+        return [r.ids for r in rollouts], [r.plan_tokens for r in rollouts]
+    given = [problem["given"] for problem in problems for _ in range(config.n)]
+    limits = [config.max_completion_tokens - len(plan) for plan in given]
+    options |= dict(temperature=config.temperature, n=config.n, max_rows=config.rollout_rows)
+    prompts = [p["prompt"] + p["given"] for p in problems]
+    sampled, _ = sample(model, prompts, max_new_tokens=limits, **options)
+    return [plan + new for plan, new in zip(given, sampled)], [0] * len(given)
+
 
 def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) -> list[dict]:
     """Eval records on rank 0: n graded samples of each problem, in order. A collective."""
@@ -89,12 +139,7 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     samples = []
     if mine:  # the last problems may be fewer than the ranks
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
-        limits = [config.max_completion_tokens - len(p["given"]) for p in each]
-        options = dict(temperature=config.temperature, top_p=config.top_p, stop_ids=stop_ids)
-        options |= dict(n=n, seed=seed + rank(), max_rows=config.rollout_rows)
-        prompts = [p["prompt"] + p["given"] for p in mine]
-        sampled, _ = sample(model, prompts, max_new_tokens=limits, **options)
-        ids = [p["given"] + new for p, new in zip(each, sampled)]  # a given plan is part of it
+        ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank())
         texts = completion_texts(tokenizer, ids, stop_ids)
         answers = [extract_answer(text) for text in texts]
         # Sample i of a problem meets the same world in every evaluation with this --seed.
@@ -108,6 +153,8 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
             for p, text, answer, right, tokens in zip(each, texts, answers, verdicts, ids)
         ]
         label_votes([samples[i:i + n] for i in range(0, len(samples), n)])
+        if config.analysis:  # plan-major: sample i has plan i // cots
+            samples = [{**s, "plan_tokens": size} for s, size in zip(samples, plan_tokens)]
     names = ("benchmark", "id", "problem", "answer")
     heads = [{name: problem[name] for name in names} for problem in mine]
     records = [{**head, "samples": samples[i * n:i * n + n]} for i, head in enumerate(heads)]
@@ -218,6 +265,8 @@ def print_summary(config: Config, summary: dict):
     for name, part in {**summary.get("benchmarks", {}), whole: summary}.items():
         rates = "  ".join(f"pass@{k} {rate:.3f}" for k, rate in part["pass_at_k"].items())
         print0(SUMMARY.format(model=config.model, name=name, rates=rates, **part))
+    for name, part in summary.get("plans", {}).items():
+        print0(analysis_text(name, part))
 
 
 def compare(first: list[dict], second: list[dict], seed: int = 0) -> dict:
@@ -371,7 +420,10 @@ def main():
 
     stats = gather0([grader_stats()])  # every rank graded its own share
     if rank() == 0:
-        summary = summarise(results.read())
+        records = results.read()
+        summary = summarise(records)
+        if config.analysis:
+            summary["plans"] = analyse(records, config.cots, config.seed)
         summary["grader"] = {name: sum(s[name] for s in stats) for name in GRADER_COUNTS}
         folder.write_whole(out / "summary.json", {**summary, "settings": asdict(config)})
         print_summary(config, summary)

@@ -11,6 +11,7 @@ A plan that never closed has z equal returns, and counts like any other.
 
 import math
 
+import numpy as np
 import torch
 
 from plumbing.ranks import all_sum
@@ -72,6 +73,108 @@ def best_within(tau2: float, sigma2: float, m: int, z: int) -> float:
     a = sigma2 / (z - 1)
     b = tau2 * m / (m - 1) + sigma2 / ((m - 1) * z)
     return b / (a + b)
+
+
+def icc_interval(parts: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the ICC over the choice of questions. `parts`: their `variances` (N, 2).
+
+    The mean of u = tau2 - ICC (tau2 + sigma2) is 0 at the true ICC, whatever the questions are. The
+    interval holds each value at which the mean of u is no more of its standard errors away from 0
+    than in resamples of the questions (bootstrap-t of an estimating function; Hu and Kalbfleisch,
+    Canadian Journal of Statistics 28, 2000). It needs no variance of a ratio, which is skewed.
+    bench/plans.py measures how often it covers. Percentiles of the resampled ICC cover too seldom.
+    With 30 questions x 4 plans and an ICC near 0.9, where CoTs hardly differ, it covers too often.
+    (0, 1) where the questions say nothing.
+    """
+    count, (tau2, total) = len(parts), (parts[:, 0], parts.sum(1))  # (N,) each
+    u = tau2 - total * (tau2.mean() / max(total.mean(), 1e-9))
+    if count < 2 or u.std() < 1e-9:
+        return 0.0, 1.0
+    errors_off = lambda mean, variance: mean / np.sqrt(np.maximum(variance, 1e-18) / count)
+    resamples = max(200, min(resamples, 4_000_000 // count))  # bounds the memory
+    drawn = u[np.random.default_rng(seed).integers(0, count, (resamples, count))]
+    low, high = np.quantile(errors_off(drawn.mean(1), drawn.var(1)), [0.025, 0.975])
+    shares = np.linspace(0, 1, 2001)
+    (a, b), (_, c) = np.cov(tau2, total, bias=True)
+    off = errors_off(tau2.mean() - shares * total.mean(), a - 2 * shares * b + shares**2 * c)
+    inside = shares[(low <= off) & (off <= high)]
+    return (float(inside[0]), float(inside[-1])) if len(inside) else (0.0, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# In evaluation: eval.py --analysis plans
+
+ANALYSIS = """plans on {name}: {n_problems} problems x {plans} plans x {cots} CoTs
+  ICC {icc:.3f}  95 % interval {ci_low:.3f} to {ci_high:.3f}
+  standard deviation of plans {plan_std:.3f}, of the CoTs of a plan {cot_std:.3f}
+  mean length of plans {plan_tokens:.1f}, of CoTs {cot_tokens:.1f}  plans that closed {closed:.3f}
+  z* {best} CoTs per plan make the plan gradient most precise at an equal token budget
+  reliability of a plan's score for z = 1 to 8: {reliabilities}
+  {advice}
+  The accuracy's interval holds for plan trees, too. But maj@n and pass@k above k = 1 are those of
+  samples that share plans: evaluate without --analysis for independent ones."""
+
+
+def analyse(records: list[dict], cots: int, seed: int = 0) -> dict[str, dict]:
+    """What the plans decide, for each benchmark: benchmark -> figures, from eval records.
+
+    Their samples are plan-major, `cots` per plan, and have `correct`, `tokens` and `plan_tokens`,
+    the length of a plan that closed, else 0. `best_cots` is None if plans do not differ.
+    """
+    groups = {}
+    for record in records:
+        groups.setdefault(record["benchmark"], []).append(record["samples"])
+    return {name: benchmark_figures(group, cots, seed) for name, group in groups.items()}
+
+
+def benchmark_figures(group: list[list[dict]], cots: int, seed: int) -> dict:
+    """The figures of `analyse` for the samples of a benchmark's questions."""
+    returns = torch.tensor([[float(s["correct"]) for s in samples] for samples in group])  # (N, G)
+    parts = variances(returns.reshape(len(group), -1, cots)).numpy()  # (N, 2)
+    tau2, sigma2 = parts.mean(0).tolist()
+    share, (low, high) = icc(tau2, sigma2), icc_interval(parts, seed)
+    closed = [s for samples in group for s in samples if s["plan_tokens"]]
+    plan = sum(s["plan_tokens"] for s in closed) / max(len(closed), 1)
+    cot = sum(s["tokens"] - s["plan_tokens"] for s in closed) / max(len(closed), 1)
+    best = best_cots(tau2, sigma2, plan, cot)
+    figures = {
+        "n_problems": len(group), "plans": returns.shape[1] // cots, "cots": cots,
+        "icc": share, "ci_low": low, "ci_high": high,
+        "plan_std": math.sqrt(max(tau2, 0.0)), "cot_std": math.sqrt(sigma2),
+        "plan_tokens": plan, "cot_tokens": cot, "closed": len(closed) / returns.numel(),
+        "best_cots": best if math.isfinite(best) else None,
+        "reliability": [reliability(share, z) for z in range(1, 9)],  # of z = 1 to 8
+    }
+    return {**figures, "advice": advice(figures)}
+
+
+def advice(figures: dict) -> str:
+    """One sentence on what the figures of `analyse` mean for training."""
+    share, low, high = (100 * figures[name] for name in ("icc", "ci_low", "ci_high"))
+    if figures["closed"] < 0.9:
+        return (
+            f"Only {100 * figures['closed']:.0f} % of the plans closed, so the figures say little "
+            "about plans: train the model on plans first (sft.py), or raise --max_plan_tokens."
+        )
+    if figures["plan_std"] + figures["cot_std"] == 0:
+        return "Each problem was always right or always wrong: choose others to learn about plans."
+    if low == 0 or figures["best_cots"] is None:
+        return (
+            f"The plan decides at most {high:.0f} % of the outcome, and perhaps nothing: more "
+            "problems would tell."
+        )
+    # The best whole number is the smallest z with z (z + 1) >= z*^2.
+    best = max(1, math.ceil(math.sqrt(figures["best_cots"] ** 2 + 0.25) - 0.5))
+    few = "one CoT per plan is best" if best == 1 else f"{best} CoTs per plan are best"
+    return f"The plan decides {share:.0f} % of the outcome; at these lengths {few}."
+
+
+def analysis_text(name: str, figures: dict) -> str:
+    """The figures of a benchmark as eval.py prints them."""
+    best = figures["best_cots"]
+    best = "unknown: how many" if best is None else f"{best:.2f}"
+    each = "  ".join(f"{share:.2f}" for share in figures["reliability"])
+    return ANALYSIS.format(name=name, best=best, reliabilities=each, **figures)
 
 
 # --------------------------------------------------------------------------------------------------

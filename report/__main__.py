@@ -90,6 +90,28 @@ def evaluations_table(evals: list[Run]) -> str:
     return dict_table("Held-out problems", rows, note)
 
 
+def plans_table(evals: list[Run]) -> str:
+    """What `eval.py --analysis plans` found, of the evaluations that it made."""
+    rows, notes = [], []
+    for run in evals:
+        for name, figures in read_json(run.folder / "summary.json").get("plans", {}).items():
+            best, interval = figures["best_cots"], (figures["ci_low"], figures["ci_high"])
+            sizes = figures["n_problems"], figures["plans"], figures["cots"]
+            notes.append(f"{run.name}, {Path(name).name}: {figures['advice']}")
+            rows.append({
+                "evaluation": run.name,
+                "benchmark": Path(name).name,
+                "the plan decides (95 % interval)": with_interval(figures["icc"], *interval),
+                "problems × plans × CoTs": " × ".join(map(str, sizes)),
+                "plans differ by": f"±{figures['plan_std']:.2f}",
+                "CoTs of one plan by": f"±{figures['cot_std']:.2f}",
+                "plan tokens": f"{figures['plan_tokens']:.1f}",
+                "CoT tokens": f"{figures['cot_tokens']:.1f}",
+                "best CoTs per plan": "–" if best is None else f"{best:.1f}",
+            })
+    return dict_table("How much the plan decides", rows, " ".join(notes)) if rows else ""
+
+
 def comparison_table(evals: list[Run]) -> str:
     """Paired differences of every two evaluations, the later one minus the earlier one."""
     rows, notes = [], []
@@ -171,7 +193,8 @@ def machines_table(training: list[Run]) -> str:
 def summary_html(training: list[Run], evals: list[Run]) -> str:
     """All tables of the page."""
     rl, sft = [r for r in training if is_rl(r)], [r for r in training if not is_rl(r)]
-    parts = [evaluations_table(evals), comparison_table(evals)] if evals else []
+    tables = evaluations_table, plans_table, comparison_table
+    parts = [make(evals) for make in tables] if evals else []
     parts += [rl_table(rl)] if rl else []
     # SFT and RL share few settings, so each kind has a table of its own.
     return "".join([*parts, settings_table(rl), settings_table(sft), machines_table(training)])

@@ -34,12 +34,22 @@ RL_GROUPS = {  # heading -> metric -> its meaning
         "length_reward_spread": "",
         "overlong_spread": "",
     },
+    "How much the plan decides": {
+        "plan_icc": "share of a question's variance of outcomes that the choice of plan explains",
+        "plan_icc_mean": "the same, from running means over up to 20 steps",
+        "plan_std": "standard deviation of outcomes between plans",
+        "cot_std": "and between the CoTs of a plan",
+        "best_cots": "CoTs per plan for the most precise plan gradient at an equal token budget",
+        "credit_corr": "correlation of the advantages with and without the plan reward",
+    },
     "Policy": {
         "entropy": "nats per token",
         "kl": "to the reference, k3 estimate per token",
         "clip_frac": "share of tokens cut off by the clip",
         "grad_norm": "before clipping",
         "zero_variance": "share of groups with equal rewards, which teach nothing",
+        "outcome_zero_variance": "share of groups that are all right or all wrong",
+        "all_right_share": "share of the squared advantages that all-right groups hold",
     },
     "Length": {
         "completion_tokens": "plan and CoT",
@@ -48,7 +58,9 @@ RL_GROUPS = {  # heading -> metric -> its meaning
         "truncated": "share of completions cut off at their limit",
     },
     "Speed": {
-        "tokens_per_s": "completion tokens per second of the whole step",
+        "tokens_per_s": "decoded tokens per second of the whole step; a plan counts once",
+        "decoded_tokens": "per step; a plan counts once",
+        "completions_sampled": "per step, with those that dynamic sampling leaves out",
         "seconds": "per step",
         "seconds_rollout": "",
         "seconds_reward": "",

@@ -10,7 +10,10 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from plumbing.answers import plan_leaks
+from plumbing.plans import variances
 from plumbing.ranks import require
 from rewards import parse_completion
 
@@ -230,14 +233,34 @@ def page_completion(completion: dict, answer: str) -> dict:
     return {**completion, **cut_text(completion["text"]), "leaks": leaks, "revised": revised}
 
 
-def page_tree(record: dict, run: int) -> dict:
-    """A question record of the page's run number `run` as the page shows it."""
+def plans_line(record: dict, share: float | None) -> str:
+    """How much a logged question's plans differ, and the ICC `share` of its step, in words.
+
+    Empty without a finite `share`, as in older runs, and where plans have no siblings to compare.
+    """
+    right = [[float(c["correct"]) for c in plan["completions"]] for plan in record["plans"]]
+    several = len(right) > 1 and {len(row) for row in right} == {len(right[0])} != {1}
+    if not several or share is None or not math.isfinite(share):
+        return ""
+    plan, cot = variances(torch.tensor([right]))[0].tolist()
+    between = f"by ±{math.sqrt(plan):.2f}" if plan > 0 else "no more than by chance"
+    line = f"Plans differ {between}, CoTs of one plan by ±{math.sqrt(cot):.2f}"
+    return f"{line}; at this step plans decide {100 * share:.0f} % of the outcome."
+
+
+def page_tree(record: dict, run: int, share: float | None = None) -> dict:
+    """A question record of the page's run number `run` as the page shows it.
+
+    `share`: the ICC at its step, if it is known.
+    """
     plans = []
     for plan in record["plans"]:
         completions = [page_completion(c, record["answer"]) for c in plan["completions"]]
         plans.append({"score": plan["score"], "completions": completions})
     head = {key: record[key] for key in ("step", "id", "answer")}
-    return {"run": run, **head, "problem": record["problem"][:MAX_TEXT], "plans": plans}
+    tree = {"run": run, **head, "problem": record["problem"][:MAX_TEXT], "plans": plans}
+    line = plans_line(record, share)
+    return {**tree, "line": line} if line else tree
 
 
 def choose_trees(rl: list[Run], budget: int) -> tuple[list[dict], list[str], int]:
@@ -245,7 +268,9 @@ def choose_trees(rl: list[Run], budget: int) -> tuple[list[dict], list[str], int
     trees, left_out, unread = [], [], 0
     for i, run in enumerate(rl):
         records, found = pick_trees(run.folder / "rollouts.jsonl", budget // len(rl))
-        trees += [page_tree(record, i) for record in records if record.get("plans")]
+        shares = dict(zip(*points(run, "plan_icc_mean")))
+        planned = [record for record in records if record.get("plans")]
+        trees += [page_tree(record, i, shares.get(record["step"])) for record in planned]
         unread += found["unread"]
         if len(records) < found["trees"]:
             steps = len({record["step"] for record in records})

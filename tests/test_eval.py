@@ -18,6 +18,7 @@ from conftest import ROOT
 from data.toy import make_model, make_problems, make_tokenizer
 from eval import compare, label_votes, load_plans, maj_at_n, pass_at_k, summarise
 from plumbing.answers import grader_stats
+from plumbing.flags import parse_config
 from plumbing.folder import LOCK, check_run, open_run
 from plumbing.intervals import (
     accuracy_interval,
@@ -25,6 +26,7 @@ from plumbing.intervals import (
     paired_difference,
     permutation_p,
 )
+from plumbing.plans import analyse
 from recipes import fig3_hsic
 from recipes.fig3_hsic import hsic, hsic_by_plan_reward, same
 
@@ -667,12 +669,76 @@ def test_too_few_plans_are_refused(run, start, tmp_path):
             run(*one, given)
 
 
+@pytest.fixture
+def marks(monkeypatch):
+    """marks(opened, closed): what counts as an open and as a closed plan, for a random model."""
+    call = lambda *both: monkeypatch.setattr(evaluation, "plan_marks", lambda tokenizer: both)
+    call(lambda ids: True, lambda ids: len(ids) == 3)
+    return call
+
+
+def test_the_models_own_plans_are_cut_as_in_training(run, marks, tmp_path):
+    """The default limit is half of the 24 tokens of a completion."""
+    marks(lambda ids: True, lambda ids: False)
+    samples = [s for r in run() for s in r["samples"]]
+    lengths = {s["tokens"] for s in samples if s["truncated"]}
+    assert lengths == {12} and max(s["tokens"] for s in samples) == 12
+    assert "plan_tokens" not in samples[0]
+    longer = run("--max_plan_tokens", 20, out=tmp_path / "longer")
+    assert max(s["tokens"] for r in longer for s in r["samples"]) == 20
+    marks(lambda ids: False, lambda ids: False)  # a completion without a plan has no plan limit
+    free = run(out=tmp_path / "free")
+    assert max(s["tokens"] for r in free for s in r["samples"]) == 24
+    # The seed fixes the samples, with or without a plan phase, and whether plans close or not.
+    marks(lambda ids: True, lambda ids: len(ids) == 3)
+    assert run(out=tmp_path / "closed") == free
+    assert run("--max_plan_tokens", 0, out=tmp_path / "without") == free
+
+
+def test_analysis_of_plans(run, start, marks, tmp_path, capsys):
+    flags = ("--analysis", "plans", "--n", 12, "--cots", 3)
+    records = run(*flags)
+    texts = []
+    for r in records:
+        heads = [s["completion"].split()[:3] for s in r["samples"]]
+        closed = [s["plan_tokens"] == 3 for s in r["samples"]]
+        for i in range(0, 12, 3):  # plan-major: three CoTs of each plan
+            assert heads[i] == heads[i + 1] == heads[i + 2] and len(set(closed[i:i + 3])) == 1
+            texts += [tuple(s["completion"] for s in r["samples"][i:i + 3])] * closed[i]
+        assert all(s["plan_tokens"] in (0, 3) for s in r["samples"]) and len(heads) == 12
+        assert any(head != heads[0] for head in heads)
+    assert any(len(set(cots)) == 3 for cots in texts)
+    settings = json.loads((tmp_path / "e/run.json").read_text())
+    assert (settings["analysis"], settings["n"], settings["cots"]) == ("plans", 12, 3)
+    # The analysis can be repeated from the records and the settings.
+    summary = json.loads((tmp_path / "e/summary.json").read_text())
+    assert summary["plans"] == analyse(records, settings["cots"], settings["seed"])
+    assert list(summary["plans"]) == [str(start / "one.jsonl"), str(start / "two.jsonl")]
+    out = capsys.readouterr().out
+    assert out.count("7 problems x 4 plans x 3 CoTs") == 2 and "accuracy" in out
+    (tmp_path / "e/summary.json").unlink()
+    run(*flags, "--resume")
+    assert json.loads((tmp_path / "e/summary.json").read_text())["plans"] == summary["plans"]
+
+
+def test_analysis_samples_four_cots_per_plan_by_default():
+    config = parse_config(evaluation.Config, ["--analysis", "plans"])
+    assert (config.n, config.cots, config.plans, config.max_plan_tokens) == (64, 4, 16, 512)
+
+
 REFUSED = [
     (("--plan", "shuffled"), "needs --plan_from"),
     (("--plan", "nowhere.jsonl"), "no plans at 'nowhere.jsonl'"),
     (("--plan_from", "x"), "goes with --plan shuffled"),
     (("--n", 0), "--n must be >= 1, not 0"),
-    (("--analysis", "hsic"), "unknown flag --analysis"),
+    (("--analysis", "hsic"), "--analysis: invalid choice: 'hsic'"),
+    (("--analysis", "plans"), "--n must be 2 or more times 4, the CoTs per plan (--cots)"),
+    (("--analysis", "plans", "--cots", 3), "--n must be 2 or more times 3"),
+    (("--analysis", "plans", "--plan", "none"), "leave --plan out"),
+    (("--analysis", "plans", "--temperature", 0), "wants --temperature"),
+    (("--analysis", "plans", "--max_plan_tokens", 0), "--max_plan_tokens above 0"),
+    (("--cots", 3), "--cots goes with --analysis plans"),
+    (("--max_plan_tokens", 24), "--max_plan_tokens must be below --max_completion_tokens"),
     (("--data", "x", "x"), "names a benchmark twice"),
     (("--data", "x", "./x"), "names a benchmark twice"),
 ]

@@ -24,6 +24,7 @@ from model_utils import completion_texts, make_optimizer, shard_model
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.folder import open_logger
 from plumbing.log import note_tokens, rollout_record, token_record
+from plumbing.plans import analyse
 from plumbing.ranks import print0, progress
 from report import __main__ as report
 from report import figures, runs
@@ -150,6 +151,26 @@ def not_finite(tmp_path_factory):
     return root / "page.html"
 
 
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    """The page of a run with plan metrics in its first step, and of an analysis of plans."""
+    root = tmp_path_factory.mktemp("analysed")
+    steps = [{**metric(1), "plan_icc": 0.4, "plan_icc_mean": 0.234}, metric(2)]
+    write(root / "pta/metrics.jsonl", steps)
+    apart = [completion(plan_advantage=-0.25)] * 2 + [wrong(plan_advantage=0.5)] * 2
+    half = [completion(), wrong()] * 2
+    logged = [tree(1, "apart", apart), tree(1, "half", half), tree(1, "one", half[:2])]
+    write(root / "pta/rollouts.jsonl", [*logged, tree(2, "unknown", apart)])
+    records, head = [], {"benchmark": "data/toy", "problem": "p", "answer": "4"}
+    for outcomes in ([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0]):
+        samples = [{**eval_sample("4", bool(r), 14), "plan_tokens": 4} for r in outcomes]
+        records.append({**head, "id": f"t{len(records)}", "samples": samples})
+    write(root / "eval/records.jsonl", records)
+    (root / "eval/summary.json").write_text(json.dumps({"plans": analyse(records, 3)}))
+    report.build([str(root)], root / "page.html")
+    return root / "page.html"
+
+
 def data_of(page):
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
 
@@ -221,6 +242,32 @@ def test_several_benchmarks(tmp_path):
     assert cells(page, "b − a")[:2] == ["x", "-50.0 points"]
     questions = [(q["problem"], len(q["runs"])) for q in data_of(page)["questions"]]
     assert questions == [("x 1", 2), ("x 2", 2), ("y 1", 1), ("y 2", 1)]
+
+
+def test_how_much_the_plan_decides(analysed):
+    text, trees = analysed.read_text(), data_of(analysed)["trees"]
+    assert 'aria-label="plan_icc: ' in text
+    assert text.count("<h3>How much the plan decides</h3>") == 2  # the table and the curves
+    share = "at this step plans decide 23 % of the outcome."
+    assert [tree.get("line") for tree in trees] == [
+        f"Plans differ by ±0.71, CoTs of one plan by ±0.00; {share}",
+        # Equal scores; a variance of 1/2 within each plan.
+        f"Plans differ no more than by chance, CoTs of one plan by ±0.71; {share}",
+        None,  # of one plan
+        None,  # of a step without the metric
+    ]
+    row = re.findall(r"<th scope=row>eval</th>(.*?)</tr>", text)[1]
+    row = re.findall(r"<td>(.*?)</td>", row)
+    # tau2: 0.5 - 0, and 1/18 - 1/9; sigma2: 0 and 1/3.
+    assert row[0] == "toy" and row[1].startswith(f"{100 * (4 / 9) / (4 / 9 + 1 / 3):.1f} % (")
+    assert row[2:7] == ["2 × 2 × 3", "±0.47", "±0.41", "4.0", "10.0"]
+    advice = json.loads((analysed.parent / "eval/summary.json").read_text())["plans"]["data/toy"]
+    assert html.escape(advice["advice"]) in text
+
+
+def test_runs_without_plan_metrics_render_as_before(page):
+    assert "How much the plan decides" not in page.read_text()
+    assert all("line" not in tree for tree in data_of(page)["trees"])
 
 
 def test_only_settings_that_differ_are_listed(page):
@@ -597,6 +644,18 @@ def test_a_tree_opens_by_click(visit):
     first.locator(".block >> nth=2").wait_for()
     assert first.locator(".block b").all_inner_texts() == ["plan", "think", "answer"]
     assert first.locator(".block .text").all_inner_texts()[2] == "\\boxed{ 4 }"
+
+
+def test_a_tree_says_how_much_its_plans_decide(browser, analysed):
+    tab = browser.new_page()
+    tab.goto(analysed.as_uri() + "#tree/pta/1/apart")
+    assert "Plans differ by ±0.71" in tab.inner_text("#tree > .note")
+    summaries = tab.locator("#tree summary").all_inner_texts()
+    assert "advantage +0.50, of its plan −0.25" in summaries[0]
+    assert "of its plan" not in summaries[2]  # equal: said once
+    choose(tab, step="2")
+    assert tab.locator("#tree > .note").count() == 0 and tab.locator("#tree .card").count() == 2
+    tab.close()
 
 
 def test_a_tree_opens_by_keyboard(visit):
