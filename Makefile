@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench study clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
@@ -15,6 +15,10 @@ bench: .venv/ready
 	$(BIN)/python -m bench.speed
 	$(BIN)/python -m bench.grading
 	$(BIN)/python -m bench.page
+	$(BIN)/python -m bench.credit
+
+study: .venv/ready
+	$(BIN)/python -m bench.study
 
 # torch is installed first and by itself. The later installs then keep the build that it chose.
 .venv/ready: requirements.txt

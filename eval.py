@@ -19,8 +19,6 @@ import hashlib
 import json
 import math
 import random
-import re
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,8 +37,8 @@ from model_utils import (
     load_tokenizer,
     plan_marks,
 )
-from plumbing import folder, grader
-from plumbing.answers import GRADER_COUNTS, grade, grader_stats, restated
+from plumbing import folder
+from plumbing.answers import GRADER_COUNTS, grader_stats, restated
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.intervals import accuracy_interval, paired_difference
@@ -48,10 +46,9 @@ from plumbing.plans import analyse, analysis_text
 from plumbing.ranks import gather0, init_distributed, print0, progress, rank, require, world_size
 from plumbing.records import Records, load_jsonl
 from plumbing.signals import guarded
+from plumbing.votes import label_votes, maj_at_n
 from plumbing.weights import check_context, load_config
 from rewards import TAG, extract_answer, parse_completion
-
-VOTE_ROUNDS = 16  # rounds of comparing wrong answers with each other, for maj@n
 
 # How results are printed. The z in a format makes -0.0002 read 0.000, not -0.000.
 SUMMARY = """{model} on {name}: {n_problems} problems x {n_samples}
@@ -162,34 +159,6 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(problems)) if shares]
 
 
-def label_votes(groups: list[list[dict]]):
-    """Set `vote` in the samples of each problem: "right", or one spelling of equal wrong answers.
-
-    None is no answer, and no vote. Wrong answers are equal where the grader, with the more frequent
-    spelling as gold, says so. What it cannot read equals nothing but its own spelling. The cost is
-    bounded: VOTE_ROUNDS answers per problem collect those equal to them, most frequent first.
-    """
-    counted, votes, left = grader.pool.stats.copy(), [], []
-    answers = [{answer_key(s): s["answer"] for s in group} for group in groups]
-    for group in groups:
-        keys = [key for key, _ in Counter(map(answer_key, group)).most_common()]
-        votes.append({key: key for key in keys})
-        left.append([key for key in keys if key not in ("right", None)])
-    for _ in range(VOTE_ROUNDS):
-        pairs = [(i, keys[0], other) for i, keys in enumerate(left) for other in keys[1:]]
-        if not pairs:
-            break
-        golds, others = zip(*((answers[i][first], answers[i][other]) for i, first, other in pairs))
-        for (i, first, other), equal in zip(pairs, grade(list(golds), list(others))):
-            if equal:
-                votes[i][other] = first
-        left = [[k for k in keys[1:] if votes[i][k] == k] for i, keys in enumerate(left)]
-    grader.pool.stats = counted  # the summary counts what was graded against golds
-    for group, vote in zip(groups, votes):
-        for s in group:
-            s["vote"] = vote[answer_key(s)]
-
-
 # --------------------------------------------------------------------------------------------------
 # Figures of a run, and of two compared
 
@@ -201,25 +170,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass_at_k wants 0 <= c <= n and 1 <= k <= n, got {n=}, {c=}, {k=}")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)  # comb is 0 where n - c < k
-
-
-def answer_key(answered: dict) -> str | None:
-    """What answers of one spelling share: "right", or that spelling; None without an answer."""
-    if answered["correct"] or answered["answer"] is None:
-        return "right" if answered["correct"] else None
-    spelling = re.sub(r"\\left|\\right|\\[,;!: ]|[\s$]", "", answered["answer"])
-    return "wrong " + spelling.replace("dfrac", "frac").rstrip(".")
-
-
-def maj_at_n(samples: list[dict]) -> float:
-    """1 if the most frequent answer is right, 1/k if it is one of k equally frequent, else 0.
-
-    Records of earlier versions have no `vote`. There, spellings of one wrong answer vote apart.
-    """
-    cast = (s["vote"] if "vote" in s else answer_key(s) for s in samples)
-    votes = Counter(vote for vote in cast if vote is not None)
-    top = [vote for vote, count in votes.items() if count == max(votes.values())]
-    return ("right" in top) / len(top) if top else 0.0
 
 
 def figures(groups: list[list[dict]]) -> dict:

@@ -16,7 +16,8 @@ import eval as evaluation
 import sft
 from conftest import ROOT
 from data.toy import make_model, make_problems, make_tokenizer
-from eval import compare, label_votes, load_plans, maj_at_n, pass_at_k, summarise
+from eval import compare, load_plans, pass_at_k, summarise
+from plumbing import votes as voting
 from plumbing.answers import grader_stats
 from plumbing.flags import parse_config
 from plumbing.folder import LOCK, check_run, open_run
@@ -27,6 +28,7 @@ from plumbing.intervals import (
     permutation_p,
 )
 from plumbing.plans import analyse
+from plumbing.votes import label_votes, maj_at_n
 from recipes import fig3_hsic
 from recipes.fig3_hsic import hsic, hsic_by_plan_reward, same
 
@@ -102,10 +104,10 @@ def test_the_cost_of_votes_is_bounded(monkeypatch):
         batches.append(len(golds))
         return [False] * len(golds)
 
-    monkeypatch.setattr(evaluation, "grade", unequal)
+    monkeypatch.setattr(voting, "grade", unequal)
     label_votes([votes(*map(str, range(100, 140)), "105"), votes("3", "4", "5", "7", None)])
     # 40 and 3 spellings of wrong answers: one batch per round, over both problems.
-    assert batches[:3] == [39 + 2, 38 + 1, 37] and len(batches) == evaluation.VOTE_ROUNDS
+    assert batches[:3] == [39 + 2, 38 + 1, 37] and len(batches) == voting.VOTE_ROUNDS
 
 
 # --------------------------------------------------------------------------------------------------

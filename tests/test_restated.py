@@ -350,7 +350,7 @@ def test_right_pairs_of_the_table_stay_right_unless_they_restate():
 def test_evaluation_marks_restated_answers_and_reports_their_share(monkeypatch):
     texts = [r"\boxed{1+14}", r"\boxed{15}", r"\boxed{1+15}", r"\boxed{5}"]
     monkeypatch.setattr(evaluation, "find_stop_ids", lambda model, tokenizer: [0])
-    monkeypatch.setattr(evaluation, "sample", lambda *args, **options: ([[0]] * 4, None))
+    monkeypatch.setattr(evaluation, "complete", lambda *args: ([[0]] * 4, [0] * 4))
     monkeypatch.setattr(evaluation, "completion_texts", lambda tokenizer, ids, stop_ids: texts)
     problem = {"benchmark": "b", "id": "1", "problem": "?", "answer": "15"}
     problem |= {"prompt": [1], "given": []}
