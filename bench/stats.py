@@ -1,6 +1,6 @@
 """Do eval.py's intervals cover, and does its permutation test keep its level?
 
-    python -m bench.stats [--simulations 2000]        7 minutes on a free core; prints two tables
+    python -m bench.stats [--simulations 2000]        3 minutes on a free core; prints two tables
 
 Runs are simulated with known accuracy. A benchmark is N problems whose chances of a right sample
 are drawn from a beta distribution; its mean is the truth. Bars: the 95 % interval covers in 93 to
