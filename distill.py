@@ -86,13 +86,17 @@ Solution:
 Answers = Iterator[tuple[dict, str | None, str | None]]
 
 
+def plan_of(record: dict) -> str:
+    """The plan behind the solution of an embedded task. ValueError for any other."""
+    if record.get("verifier") == "doors":
+        return doors.plan_of(record["problem"], record["solution"])
+    return toy.plan_of(record["solution"])
+
+
 def ask_rule(records: list[dict], config: Config) -> Answers:
     for record in records:
         try:
-            if record.get("verifier") == "doors":
-                plan = doors.plan_of(record["problem"], record["solution"])
-            else:
-                plan = toy.plan_of(record["solution"])
+            plan = plan_of(record)
         except ValueError as error:
             fail(f"record {record['id']}: {error}; --teacher rule reads the embedded tasks only")
         yield record, plan, None

@@ -156,7 +156,7 @@ def inject(name: str):
 
     where = {
         "raise": (grpo, "grade_groups"),
-        "drop": (grpo, "grade"),
+        "drop": (grpo, "verify"),
         "nan": (grpo, "policy_loss"),
         "oom": (grpo, "policy_loss"),
         "full": (safetensors.torch, "save_file"),
@@ -179,9 +179,9 @@ def fault_raise(call, original, *args):
     return original(*args)
 
 
-def fault_drop(call, original, golds, answers):
+def fault_drop(call, original, *args):
     """After a long wait all answers of one rank are wrong, so that every group is dropped."""
-    verdicts = original(golds, answers)
+    verdicts = original(*args)
     if mine():
         time.sleep(3)
     return [not mine() and i % 2 == 0 for i in range(len(verdicts))]

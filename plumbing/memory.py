@@ -97,12 +97,12 @@ def activation_bytes(config, tokens: int, dtype: torch.dtype, checkpointing: boo
 def logprob_bytes(vocabulary: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of a chunk of logits, when the backward pass recomputes it.
 
-    These are logits, log-softmax and two temporaries in fp32. Where the model computes in another
-    dtype, the logits are there in that one, too.
+    These are log-softmax and two temporaries in fp32. Where the model computes in another dtype,
+    the logits are there in that one, too.
     """
     fp32 = dtype == torch.float32
     chunk = min(max(1, CHUNK_LOGITS["cpu" if fp32 else "cuda"] // vocabulary), tokens)
-    return chunk * vocabulary * (4 * 4 + (0 if fp32 else dtype.itemsize))
+    return chunk * vocabulary * (3 * 4 + (0 if fp32 else dtype.itemsize))
 
 
 # --------------------------------------------------------------------------------------------------

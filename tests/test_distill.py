@@ -185,7 +185,7 @@ def test_finished_ids_keep_what_is_whole(tmp_path):
 def test_rule_teacher_refuses_other_tasks(run, tmp_path):
     record = {"problem": "1+1", "answer": "2", "solution": "One and one."}
     (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
-    with pytest.raises(SystemExit, match="--teacher rule reads the toy task only"):
+    with pytest.raises(SystemExit, match="--teacher rule reads the embedded tasks only"):
         run(data=tmp_path / "p.jsonl")
 
 
