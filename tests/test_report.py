@@ -320,7 +320,8 @@ def test_seeds_of_a_row_are_one_curve_with_a_band(seeded):
 
 
 def test_a_mean_needs_every_seed():
-    logs = [{1: 0.2, 2: 0.4, 3: 0.5}, {1: 0.6, 2: math.nan, 3: 0.7, 4: 1.0}, {3: 0.9, 1: 0.1}]
+    logs = [{1: 0.2, 2: 0.4, 3: 0.5, 4: 0.8}, {1: 0.6, 2: math.nan, 3: 0.7, 4: 1.0, 5: 1.0}]
+    logs.append({3: 0.9, 1: 0.1, 2: 0.3})
     seeds = [
         runs.Run(f"a/{i}", Path(f"a/{i}"), {"seed": i}, [{"step": s, "x": log[s]} for s in log])
         for i, log in enumerate(logs)
