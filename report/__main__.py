@@ -7,9 +7,9 @@ It shows figures with intervals, curves, plan trees, and the same question befor
     python -m report runs/demo --pictures docs         writes docs/curves.svg and docs/tree.png, too
 
 A RUN is a folder with metrics.jsonl (sft.py, grpo.py), with records.jsonl (eval.py), or a folder of
-such folders. Evaluations next to a training run are shown with it. The page opens from disk and
-needs no network. Model output is embedded as JSON without a `<` and shown as text nodes, so markup
-in it has no effect.
+such folders. Evaluations next to a training run are shown with it. Runs whose settings differ only
+in the seed are one curve with a band. The page opens from disk and needs no network. Model output
+is embedded as JSON without a `<` and shown as text nodes, so markup in it has no effect.
 """
 
 import argparse
@@ -25,7 +25,16 @@ from eval import compare, summarise
 from plumbing.folder import make_folder
 from plumbing.ranks import require
 from report.figures import RL_GROUPS, SFT_GROUPS, curves_html, pictures
-from report.runs import Run, before_after, choose_trees, column, find_runs, is_rl, read_json
+from report.runs import (
+    Run,
+    before_after,
+    choose_trees,
+    column,
+    find_runs,
+    group_seeds,
+    is_rl,
+    read_json,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Tables. In a number format, z turns -0.0 into 0.0.
@@ -166,14 +175,16 @@ def rl_table(rl: list[Run]) -> str:
 
 
 def settings_table(runs: list[Run]) -> str:
-    """The settings in which runs of one kind differ."""
+    """The settings in which runs of one kind differ. The seeds of a row share a column."""
     if len(runs) < 2:
         return ""
     keys = {key for run in runs for key in run.settings} - {"out", "overwrite", "resume"}
     values = lambda key: {json.dumps(run.settings.get(key)) for run in runs}
     differ = sorted(key for key in keys if len(values(key)) > 1)
-    rows = [[key, *(run.settings.get(key, "–") for run in runs)] for key in differ]
-    return table("Settings that differ", ["setting", *(run.name for run in runs)], rows)
+    rows = group_seeds(runs)
+    said = lambda row, key: [str(run.settings.get(key, "–")) for run in row.seeds or [row]]
+    cells = [[key, *(", ".join(dict.fromkeys(said(row, key))) for row in rows)] for key in differ]
+    return table("Settings that differ", ["setting", *(row.name for row in rows)], cells)
 
 
 def machines_table(training: list[Run]) -> str:
@@ -227,7 +238,9 @@ def build(paths: list[str], out: Path, page_mb: float = 12.0) -> dict:
     Returns its size in bytes, how many trees and questions it shows, and what was left out.
     """
     runs, budget = find_runs(paths), int(page_mb * 1e6)
-    training, evals = [run for run in runs if run.metrics], [run for run in runs if run.records]
+    rows = group_seeds([run for run in runs if run.metrics])
+    training = [run for row in rows for run in row.seeds or [row]]  # the seeds of a row together
+    evals = [run for run in runs if run.records]
     rl, sft = [r for r in training if is_rl(r)], [r for r in training if not is_rl(r)]
     trees, left_out, unread = choose_trees(rl, budget * 3 // 4)
     questions, shared = before_after(evals, budget // 4)
@@ -235,8 +248,8 @@ def build(paths: list[str], out: Path, page_mb: float = 12.0) -> dict:
         left_out.append(f"Before and after: {len(questions):,} of {shared:,} shared questions.")
     if unread := unread + sum(run.unread for run in runs):
         left_out.append(f"{unread} lines were cut off or damaged, and are left out.")
-    curves = curves_html(rl, RL_GROUPS, "rl-") if rl else ""
-    curves += curves_html(sft, SFT_GROUPS, "sft-") if sft else ""
+    curves = curves_html(group_seeds(rl), RL_GROUPS, "rl-") if rl else ""
+    curves += curves_html(group_seeds(sft), SFT_GROUPS, "sft-") if sft else ""
     names = [{"name": run.name, "beta": run.settings.get("beta", 0)} for run in rl]
     data = {"runs": names, "trees": trees, "evals": [r.name for r in evals], "questions": questions}
     slots = {

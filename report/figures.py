@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from plumbing.ranks import require
-from report.runs import Run, find_runs, is_rl, pick_trees, points
+from report.runs import Run, find_runs, group_seeds, is_rl, pick_trees, points, seed_values
 
 RL_GROUPS = {  # heading -> metric -> its meaning
     "Accuracy and reward": {
@@ -88,7 +88,7 @@ MAX_POINTS = 2000  # of a curve
 # Curves of the page
 
 def draw(axes, runs: list[Run], key: str, colours: list[str]):
-    """Draw one metric of several runs. The page's smoothing finds each line by its gid."""
+    """Draw one metric of runs and rows. The page's smoothing finds lines and bands by their gid."""
     for i, run in enumerate(runs):
         xs, ys = points(run, key)
         every = len(xs) // MAX_POINTS + 1
@@ -96,6 +96,12 @@ def draw(axes, runs: list[Run], key: str, colours: list[str]):
         style["linestyle"] = ("-", "--", ":")[i // len(colours) % 3]
         style["marker"] = "o" if len(xs) < 12 else ""
         axes.plot(xs[::every], ys[::every], gid=f"raw-{i}", label=run.name, **style)
+        if run.seeds and xs:  # along the lowest values and back along the highest
+            band = list(seed_values(run, key).values())[::every]
+            edges = [*map(min, band), *map(max, band[::-1])]
+            around = [*xs[::every], *xs[::every][::-1]]
+            style = {"color": style["color"], "alpha": 0.2, "linewidth": 0.5}
+            axes.fill(around, edges, gid=f"band-{i}", **style)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
@@ -119,6 +125,9 @@ def curve(runs: list[Run], key: str, name: str) -> str:
         if xs:
             first, last = f"{ys[0]:.3g} at step {xs[0]}", f"{ys[-1]:.3g} at step {xs[-1]}"
             said.append(f"{run.name} from {first} to {last}")
+        if xs and run.seeds:
+            ends = seed_values(run, key)[xs[-1]]
+            said[-1] += f", the seeds there from {min(ends):.3g} to {max(ends):.3g}"
     return for_page(out.getvalue(), name, f"{key}: {'; '.join(said)}")
 
 
@@ -135,12 +144,15 @@ def for_page(svg: str, name: str, label: str) -> str:
 
 
 def legend(runs: list[Run]) -> str:
-    """The runs' names in the colours of their curves."""
+    """The runs' names in the colours of their curves, and what a band is, if there is one."""
     names = []
     for i, run in enumerate(runs):
         colour, name = f"color:var(--run{i % len(COLOURS)})", html.escape(run.name)
         names.append(f'<span class=run style="{colour}">━ <b>{name}</b></span> ')
-    return f"<p>{''.join(names)}</p>"
+    note = "A line of several seeds is their mean, at the steps that all of them have. Its band "
+    note += "goes from the lowest seed to the highest one, and is smoothed with it."
+    note = f"<p class=note>{note}</p>" if any(run.seeds for run in runs) else ""
+    return f"<p>{''.join(names)}</p>{note}"
 
 
 def figure_html(runs: list[Run], key: str, note: str, prefix: str) -> str:
@@ -186,7 +198,7 @@ def pictures(paths: list[str], folder: Path):
     remedy = "give one with metrics.jsonl"
     require(rl, f"no run of grpo.py in {', '.join(paths)} to draw; {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
-    draw_curves(rl, folder / "curves.svg")
+    draw_curves(group_seeds(rl), folder / "curves.svg")
     record = telling_tree(rl)
     draw_tree(record, folder / "tree.png")
     files = f"{folder / 'curves.svg'} and {folder / 'tree.png'}"
@@ -208,7 +220,8 @@ def draw_curves(rl: list[Run], path: Path):
                 line.set_alpha(0.35)
             axes.set_title(key, fontsize=10, loc="left")
         # eval_accuracy has few points, so its legend lists no running means.
-        figure.axes[1].legend(fontsize=9, frameon=False)
+        title = "band: lowest to highest seed" if any(run.seeds for run in rl) else None
+        figure.axes[1].legend(fontsize=9, frameon=False, title=title)
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -7,12 +7,14 @@ that cannot be read are counted.
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from plumbing.answers import plan_leaks
+from plumbing.folder import FREE_SETTINGS
 from plumbing.plans import variances
 from plumbing.ranks import require
 from rewards import parse_completion
@@ -30,10 +32,17 @@ class Run:
     metrics: list[dict] = field(default_factory=list)  # of a training run, one per step
     records: list[dict] = field(default_factory=list)  # of an evaluation
     unread: int = 0  # lines that were cut off or damaged
+    seeds: list["Run"] = field(default_factory=list)  # of a row: its runs, see `group_seeds`
 
 
 def points(run: Run, key: str) -> tuple[list[int], list[float]]:
-    """The steps and values of a metric, without values that are missing or not finite."""
+    """The steps and values of a metric, without values that are missing or not finite.
+
+    Of a row: the means over its seeds.
+    """
+    if run.seeds:
+        shared = seed_values(run, key)
+        return list(shared), [fmean(values) for values in shared.values()]
     steps, values = [], []
     for metrics in run.metrics:
         value = metrics.get(key)
@@ -41,6 +50,13 @@ def points(run: Run, key: str) -> tuple[list[int], list[float]]:
             steps.append(metrics["step"])
             values.append(value)
     return steps, values
+
+
+def seed_values(row: Run, key: str) -> dict[int, list[float]]:
+    """A metric's values of all seeds of a row, by step, for the steps at which each has one."""
+    found = [dict(zip(*points(run, key))) for run in row.seeds]
+    steps = [step for step in found[0] if all(step in values for values in found)]
+    return {step: [values[step] for values in found] for step in steps}
 
 
 def column(run: Run, key: str) -> list[float]:
@@ -133,6 +149,42 @@ def find_runs(paths: list[str]) -> list[Run]:
     names = [path.name for path in full]
     unique = [p.name if names.count(p.name) == 1 else f"{p.parent.name}/{p.name}" for p in full]
     return [read_run(folder, name) for folder, name in zip(folders, unique)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows: runs that differ in their seed
+
+def row_key(run: Run) -> str:
+    """What the runs of a row have in common: all settings that change results but the seed."""
+    settings = run.settings
+    if "seed" not in settings:  # no run.json: a row of its own
+        return str(run.folder)
+    ignored = FREE_SETTINGS | {"seed", "changes"}
+    if settings.get("schedule", "constant") != "constant":  # then --steps changes every step
+        ignored -= {"steps"}
+    return json.dumps({key: settings[key] for key in settings.keys() - ignored}, sort_keys=True)
+
+
+def row_name(run: Run) -> str:
+    """A run's name without its seed: pta for pta_0, pta_seed0 and seed0/pta."""
+    name = re.sub(rf"(^|[-_./])(s|seed)?[-_=]?{run.settings['seed']}(?=/|$)", "", run.name)
+    return name.strip("/") or run.folder.resolve().parent.name
+
+
+def group_seeds(runs: list[Run]) -> list[Run]:
+    """The runs, with those that differ only in their seed as one Run, which has them as `seeds`.
+
+    Its other fields are those of its first run. If a seed occurs twice, something that is no
+    setting may differ, such as the code: then each of these runs stays alone.
+    """
+    keys, rows = [row_key(run) for run in runs], []
+    for run, key in zip(runs, keys):
+        row = [other for other, its_key in zip(runs, keys) if its_key == key]
+        if len(row) == 1 or len({other.settings["seed"] for other in row}) < len(row):
+            rows.append(run)
+        elif run is row[0]:
+            rows.append(replace(run, name=f"{row_name(run)} ({len(row)} seeds)", seeds=row))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------

@@ -171,6 +171,27 @@ def analysed(tmp_path_factory):
     return root / "page.html"
 
 
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory):
+    """The page of two rows of three seeds of different lengths, and of a run of another lr."""
+    root, folders = tmp_path_factory.mktemp("seeded"), []
+    for seed, steps in enumerate((30, 25, 20)):
+        for name, beta in (("grpo", 0.0), ("pta", 0.5)):
+            write_run(root / f"{name}_{seed}", 0.01 * (seed + 1), steps, beta=beta, seed=seed)
+            folders.append(root / f"{name}_{seed}")
+    write_run(root / "fast", 0.01, 30, beta=0.5, seed=3, lr=1e-3)
+    write(root / "pta_1/rollouts.jsonl", [tree(10, "q1", [completion()] * 2)])
+    report.build([*map(str, folders), str(root / "fast")], root / "page.html")
+    return root / "page.html"
+
+
+def write_run(folder, slope, steps, **settings):
+    """A run whose accuracy is 0.4 + slope * step."""
+    write(folder / "metrics.jsonl", [metric(step, slope) for step in range(1, steps + 1)])
+    settings = {"lr": 1e-4, "steps": steps, "out": str(folder), **settings}
+    (folder / "run.json").write_text(json.dumps(settings))
+
+
 def data_of(page):
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
 
@@ -275,6 +296,71 @@ def test_only_settings_that_differ_are_listed(page):
     assert cells(page, "beta") == ["0.0", "0.5"]
     assert "<th scope=row>lr</th>" not in text and "<th scope=row>out</th>" not in text
     assert "2 x Test GPU" in text
+
+
+def test_seeds_of_a_row_are_one_curve_with_a_band(seeded):
+    """Of pta, accuracy is 0.4 + s * step, with s = 0.01, 0.02, 0.03; the shortest has 20 steps."""
+    text, data = seeded.read_text(), data_of(seeded)
+    legend = re.findall(r"<span class=run[^>]*>━ <b>(.*?)</b>", text)
+    assert legend == ["grpo (3 seeds)", "pta (3 seeds)", "fast"]
+    ends = "0.42 at step 1 to 0.8 at step 20, the seeds there from 0.6 to 1"
+    both = "; ".join(f"{name} (3 seeds) from {ends}" for name in ("grpo", "pta"))
+    assert f'"accuracy: {both}; fast from 0.41 at step 1 to 0.7 at step 30"' in text
+    assert re.findall(r'id="rl_accuracy-(\D+-\d)"', text) == [
+        "band-0", "band-1", "raw-0", "raw-1", "raw-2",
+    ]
+    assert text.count("from the lowest seed to the highest one") == 1
+    assert cells(seeded, "seed") == ["0, 1, 2", "0, 1, 2", "3"]
+    assert cells(seeded, "beta") == ["0.0", "0.5", "0.5"]
+    # Tables of runs and the plan trees have each run, a row's side by side.
+    names = [f"{name}_{seed}" for name in ("grpo", "pta") for seed in range(3)] + ["fast"]
+    assert [run["name"] for run in data["runs"]] == names
+    assert [cells(seeded, name)[0].split()[0] for name in names] == ["30", "25", "20"] * 2 + ["30"]
+    assert [data["runs"][tree["run"]]["name"] for tree in data["trees"]] == ["pta_1"]
+
+
+def test_a_mean_needs_every_seed():
+    logs = [{1: 0.2, 2: 0.4, 3: 0.5, 4: 0.8}, {1: 0.6, 2: math.nan, 3: 0.7, 4: 1.0, 5: 1.0}]
+    logs.append({3: 0.9, 1: 0.1, 2: 0.3})
+    seeds = [
+        runs.Run(f"a/{i}", Path(f"a/{i}"), {"seed": i}, [{"step": s, "x": log[s]} for s in log])
+        for i, log in enumerate(logs)
+    ]
+    (row,) = runs.group_seeds(seeds)
+    assert row.name == "a (3 seeds)" and row.seeds == seeds
+    assert runs.seed_values(row, "x") == {1: [0.2, 0.6, 0.1], 3: [0.5, 0.7, 0.9]}
+    steps, means = runs.points(row, "x")
+    assert steps == [1, 3] and means == pytest.approx([0.3, 0.7])
+
+
+@pytest.mark.parametrize(
+    "first, second, grouped",
+    [
+        ({"seed": 0}, {"seed": 1}, True),
+        ({"seed": 0, "out": "a"}, {"seed": 1, "out": "b", "changes": [{}], "keep": 2}, True),
+        ({"seed": 0, "steps": 9}, {"seed": 1, "steps": 8}, True),
+        ({"seed": 0, "steps": 9, "schedule": "cosine"},
+         {"seed": 1, "steps": 8, "schedule": "cosine"}, False),
+        ({"seed": 0, "beta": 0.5}, {"seed": 1, "beta": 0.3}, False),
+        ({"seed": 0}, {"seed": 0}, False),  # something else must differ
+        ({}, {}, False),  # without a run.json
+    ],
+)
+def test_which_runs_are_a_row(first, second, grouped):
+    pair = [runs.Run(name, Path(name), s) for name, s in (("x", first), ("y", second))]
+    rows = runs.group_seeds(pair)
+    assert [row.name for row in rows] == (["x (2 seeds)"] if grouped else ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("pta_7", "pta"), ("pta_seed7", "pta"), ("pta-s7", "pta"), ("seed7/pta", "pta"),
+        ("seed7", "above"), ("pta_17", "pta_17"), ("beta_7_7", "beta_7"), ("pta7b", "pta7b"),
+    ],
+)
+def test_a_row_is_named_without_its_seed(name, row):
+    assert runs.row_name(runs.Run(name, Path("above") / name, {"seed": 7})) == row
 
 
 def test_flags_of_a_completion(page):
@@ -405,10 +491,14 @@ def test_spread(count, n, chosen):
     assert runs.spread(count, n) == chosen
 
 
-def test_pictures(folder, tmp_path):
+def test_pictures(folder, seeded, tmp_path):
     figures.pictures([str(folder)], tmp_path / "docs")
     assert (tmp_path / "docs/tree.png").read_bytes().startswith(b"\x89PNG")
-    assert "accuracy" in (tmp_path / "docs/curves.svg").read_text()
+    svg = (tmp_path / "docs/curves.svg").read_text()
+    assert "accuracy" in svg and "band" not in svg
+    figures.pictures([str(seeded.parent)], tmp_path / "rows")
+    svg = (tmp_path / "rows/curves.svg").read_text()
+    assert "pta (3 seeds)" in svg and "band: lowest to highest seed" in svg
 
 
 # --------------------------------------------------------------------------------------------------
@@ -794,6 +884,28 @@ def test_smoothing_never_hides_the_measured_line(visit):
         assert drawn_y == pytest.approx(mean / mass, abs=0.01)
     tab.locator("#smoothing").fill("0")
     assert tab.locator(line + ".smooth").count() == 0
+
+
+def test_a_band_is_smoothed_with_its_line(browser, seeded):
+    tab, ys = browser.new_page(), "(e.getAttribute('d').match(/[-\\d.]+/g) || []).map(Number)"
+    tab.goto(seeded.as_uri())
+    shown = lambda part: each(tab.locator(f"#rl_accuracy-{part}-1 > path"), ys)[-1]
+    measured = shown("band")
+    assert len(measured) == 80  # x and y of 20 steps, there and back
+    tab.locator("#smoothing").fill("0.8")
+    band, line = shown("band"), shown("raw")
+    assert band[::2] == measured[::2] == line[::2] + line[::2][::-1]
+    for edge in (slice(1, 40, 2), slice(79, 40, -2)):
+        mean = mass = 0.0
+        for y, drawn in zip(measured[edge], band[edge], strict=True):
+            mean, mass = 0.8 * mean + 0.2 * y, 0.8 * mass + 0.2
+            assert drawn == pytest.approx(mean / mass, abs=0.01)
+    # The middle seed's slope is the mean one, so the smoothed line is the middle of its band.
+    middle = [(a + b) / 2 for a, b in zip(band[1:40:2], band[79:40:-2], strict=True)]
+    assert line[1::2] == pytest.approx(middle, abs=0.02)
+    tab.locator("#smoothing").fill("0")
+    assert shown("band") == measured
+    tab.close()
 
 
 @pytest.mark.parametrize("width", [360, 768, 1440])
