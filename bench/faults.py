@@ -173,10 +173,10 @@ def inject(name: str):
     guarded(grpo.main)
 
 
-def fault_raise(call, original, *args):
+def fault_raise(call, original, *args, **options):
     if mine() and call == 2:
         raise RuntimeError("injected failure")
-    return original(*args)
+    return original(*args, **options)
 
 
 def fault_drop(call, original, *args):
