@@ -28,6 +28,7 @@ from plumbing.weights import (
     of_usable_weights,
     read_model,
     refuse_code,
+    say_if_slow,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 
     if rank() != 0 or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading and saving
-    return use_attention(read_model(path, dtype).to(device).eval())
+    return use_attention(say_if_slow(read_model(path, dtype), device).to(device).eval())
 
 
 @of_usable_weights
@@ -173,7 +174,7 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
     if not dist.is_initialized():
         model = shard_model(load_model(path, device, dtype), device, **options)
     else:
-        model = shard_model(empty_model(path, dtype), device, **options)
+        model = shard_model(say_if_slow(empty_model(path, dtype), device), device, **options)
         fill_model(model, path, device, torch.device("cpu") if config.cpu_offload else device)
     check_family(model.requires_grad_(not frozen), _logits)
     return model

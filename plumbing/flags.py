@@ -11,9 +11,7 @@ import re
 import sys
 from typing import Literal, get_args
 
-import torch
-
-from plumbing.ranks import fail, require
+from plumbing.ranks import fail, has_gpu, require
 
 
 @dataclasses.dataclass
@@ -122,7 +120,7 @@ def check_range(name: str, value, comment: str):
 def check_training(config: TrainingFlags):
     """Refuse what no training stage can work with, before anything is loaded."""
     require(
-        config.model != type(config).model or torch.cuda.is_available() or config.dry_run,
+        config.model != type(config).model or config.dry_run or has_gpu(),
         "no GPU here, and the default settings are the paper's 8-GPU run: `make demo` runs the "
         "method on a CPU",
     )

@@ -4,10 +4,13 @@ import contextlib
 import os
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+GPU_FILE = Path("/dev/nvidia0")  # exists where Linux has found an NVIDIA GPU
 
 
 def fail(message: str):
@@ -29,13 +32,32 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def has_gpu() -> bool:
+    """Whether torch can use a GPU here. SystemExit where there is one that it cannot use.
+
+    Else a 7B model would train on the CPU, and only the pace would tell. CUDA_VISIBLE_DEVICES=""
+    hides a GPU on purpose.
+    """
+    if torch.cuda.is_available():
+        return True
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if GPU_FILE.exists() and not hidden:
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        fail(
+            f"there is a GPU here ({GPU_FILE}) that torch {torch.__version__}, built {built}, "
+            "cannot use: update the driver, or install a torch built for its CUDA (cu126 or cu129); to "
+            'use the CPU on purpose, set CUDA_VISIBLE_DEVICES=""'
+        )
+    return False
+
+
 def init_distributed(device: str = "auto") -> torch.device:
     """Join the process group that torchrun describes, and return this rank's device.
 
     The group uses nccl on GPUs and gloo on CPUs. A single GPU gets a group of one, so that it runs
     the same FSDP2 code as eight. A single CPU gets none.
     """
-    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    cuda = has_gpu() if device == "auto" else device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # cuDNN's attention makes a plan per shape, and packed batches keep changing shape.

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from plumbing.ranks import barrier, fail, print0, rank, require
 
+SLOW_BILLIONS = 1.0  # parameters from which on a CPU is no place for a model
+
 # --------------------------------------------------------------------------------------------------
 # Refusals
 
@@ -226,6 +228,17 @@ def read_model(path: str, dtype):
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         refuse_shape(name, stored, wanted)
     refuse_missing(path, report["missing_keys"])
+    return model
+
+
+def say_if_slow(model, device: torch.device):
+    """The model. Where it is a large one on a CPU, a warning: only the pace would tell."""
+    billions = model.num_parameters() / 1e9
+    if device.type == "cpu" and billions >= SLOW_BILLIONS:
+        print0(
+            f"warning: there is no GPU here, and this model has {billions:.1f} B parameters: a CPU "
+            "takes hours where a GPU takes minutes; stop the run unless you mean it"
+        )
     return model
 
 

@@ -9,16 +9,16 @@ cd "$(dirname "$0")/.."
 export OMP_WAIT_POLICY=PASSIVE  # waiting threads must not spin: there are as many as cores
 RUN=${RUN:-runs/demo}
 TASK=${TASK:-doors}
-STEPS=${STEPS:-60}  # of GRPO
+# steps and tree_steps: of GRPO, and of PTA-GRPO for as many tokens; beside them tokens per question.
 case "$TASK" in
     doors)
         data=(data.doors --train 8000) base="$RUN/data/model" sft=(--epochs 1 --lr 3e-3 --batch_size 32)
         limits=(--max_plan_tokens 30 --max_completion_tokens 48)
-        tree_steps=$((STEPS * 384 / 232)) ;;  # tokens per question: 12 (19 + 13), 4 (19 + 3 x 13)
+        steps=${STEPS:-30} tree_steps=$((steps * 384 / 232)) ;;  # 12 (19 + 13), 4 (19 + 3 x 13)
     quantities)
         data=(data.toy --terse 0.5) base=data/toy_base sft=(--epochs 2 --lr 2e-3 --batch_size 64)
         limits=(--max_plan_tokens 48 --max_completion_tokens 128)
-        tree_steps=$((STEPS * 534 / 426)) ;;  # 12 (13.5 + 31), 4 (13.5 + 3 x 31)
+        steps=${STEPS:-100} tree_steps=$((steps * 534 / 426)) ;;  # 12 (13.5 + 31), 4 (13.5 + 93)
     *) echo "error: no task $TASK: TASK is doors or quantities" >&2; exit 1 ;;
 esac
 stage() { python -m recipes.demo_tools stage "$RUN" "$@"; }
@@ -36,7 +36,7 @@ rl=(--model "$RUN/sft/model" --data "$RUN/data/train.jsonl" --overwrite
     --questions 16 --lr 1e-4 --warmup_steps 5 --kl_coef 0.01 "${limits[@]}"
     --tokens_per_micro_batch 4000 --activation_checkpointing false)
 stage grpo python grpo.py "${rl[@]}" --out "$RUN/grpo" --plans 12 --cots 1 --beta 0 \
-    --steps "$STEPS"
+    --steps "$steps"
 stage pta python grpo.py "${rl[@]}" --out "$RUN/pta" --plans 4 --cots 3 --beta 0.5 \
     --steps "$tree_steps"
 

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import importlib
 import io
 import json
 import math
@@ -35,10 +36,12 @@ from model_utils import (
     make_optimizer,
     optimizer_step,
 )
+from plumbing import ranks
 from plumbing.attention import micro_batches, pack
 from plumbing.checkpoint import Checkpoints
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.folder import append_jsonl, check_run, hold, open_run
+from plumbing.ranks import init_distributed
 from plumbing.records import Records, load_jsonl
 from plumbing.weights import check_context, load_config, load_tensors
 
@@ -646,3 +649,52 @@ def test_weights_that_miss_a_tensor_are_refused(toy, load):
     edit(toy / "config.json", tie_word_embeddings=False)
     save(stored, file)
     assert "lack lm_head.weight:" in refusal(load, toy)
+
+
+# --------------------------------------------------------------------------------------------------
+# A GPU that is missing, or that torch cannot use
+
+
+@pytest.fixture
+def gpu_file(tmp_path, monkeypatch):
+    """A machine with an NVIDIA GPU, as Linux shows it."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(ranks, "GPU_FILE", tmp_path / "nvidia0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("cuda, built", [("13.0", "built for CUDA 13.0"), (None, "without CUDA")])
+def test_a_gpu_that_torch_cannot_use_is_refused_with_the_remedy(
+    gpu_file, monkeypatch, cuda, built
+):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(SystemExit, match=f"{built}, cannot use: update the driver, or install a"):
+        init_distributed()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # hidden on purpose
+    assert init_distributed() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "eval", "distill"])
+def test_every_stage_refuses_it_also_with_a_model_named(gpu_file, tmp_path, monkeypatch, stage):
+    module, toy = importlib.import_module(stage), str(ROOT / "data/toy_base")
+    data = tmp_path / "data.jsonl"
+    record = {"problem": "A = 4 ; A ?", "answer": "4", "solution": "A = 4"}
+    record |= {"plan": "A needs nothing", "think": "A = 4"}
+    data.write_text("".join(json.dumps({**record, "id": str(i)}) + "\n" for i in range(4)))
+    model = "--teacher" if stage == "distill" else "--model"
+    flags = [model, toy, "--data", str(data), "--out", str(tmp_path / "out")]
+    flags += ["--batch_size", "2"] * (stage == "sft")
+    flags += ["--max_completion_tokens", "64"] * (stage in ("grpo", "eval"))
+    monkeypatch.setattr(sys, "argv", [stage, *flags])
+    with pytest.raises(SystemExit, match="there is a GPU here"):
+        module.main()
+
+
+def test_a_large_model_on_a_cpu_is_not_silent(monkeypatch, capsys):
+    from plumbing import weights
+
+    load_model(str(ROOT / "data/toy_base"), torch.device("cpu"))
+    assert "no GPU" not in capsys.readouterr().out
+    monkeypatch.setattr(weights, "SLOW_BILLIONS", 0.0004)  # the toy model has 0.0005
+    load_model(str(ROOT / "data/toy_base"), torch.device("cpu"))
+    assert "there is no GPU here, and this model has 0.0 B parameters" in capsys.readouterr().out
