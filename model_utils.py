@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing.attention import Packed, use_attention
 from plumbing.family import check_family
+from plumbing.kernels import fuse_norms
 from plumbing.memory import CHUNK_LOGITS
 from plumbing.ranks import device_mesh, fail, print0, rank, require
 from plumbing.weights import (
@@ -155,7 +156,8 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 
     if rank() != 0 or not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading and saving
-    return use_attention(say_if_slow(read_model(path, dtype), device).to(device).eval())
+    model = use_attention(say_if_slow(read_model(path, dtype), device).to(device).eval())
+    return fuse_norms(model) if device.type == "cuda" else model
 
 
 @of_usable_weights
@@ -174,7 +176,9 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
     if not dist.is_initialized():
         model = shard_model(load_model(path, device, dtype), device, **options)
     else:
-        model = shard_model(say_if_slow(empty_model(path, dtype), device), device, **options)
+        model = say_if_slow(empty_model(path, dtype), device)
+        model = fuse_norms(model) if on_gpu else model
+        model = shard_model(model, device, **options)
         fill_model(model, path, device, torch.device("cpu") if config.cpu_offload else device)
     check_family(model.requires_grad_(not frozen), _logits)
     return model

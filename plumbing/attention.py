@@ -64,6 +64,10 @@ def attend(
     if grouped and queries == 1:
         # Turn the heads that share a key head into its queries: then no key needs to be copied.
         query, grouped = query.reshape(len(query), key.shape[1], -1, query.shape[3]), False
+    if grouped and mask is not None:
+        # No fused kernel takes a mask and grouped heads. The other one would keep all scores.
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
     causal = mask is None and queries > 1
     options = dict(attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)

@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from plumbing.ranks import fail, print0, rank
 
-PREFILL_TOKENS = 2**15  # prompts are prefilled in batches of at most this many tokens, 32 rows
+PREFILL_TOKENS = 2**14  # prompts are prefilled in batches of at most this many tokens, 32 rows
 ADMIT = 0.25  # new sequences wait until this share of the slots is free: a prefill takes time
+CACHE_SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory
 SAMPLING_BYTES = 48  # per logit of a drawn token: softmax, noise, top-p's sorted copies, in fp32
 
 # --------------------------------------------------------------------------------------------------
@@ -45,9 +46,13 @@ class Decoder:
         self.slots = min(self.cache.slots, rows)
 
     def admit(self, active: list) -> list:
-        """`active`, and as many waiting sequences as have a slot for each of their branches."""
+        """`active`, and as many waiting sequences as have a slot for each of their branches.
+
+        The last ones do not wait for many free slots: they would begin late, and end alone.
+        """
         reserved, new = sum(len(s.limits) for s in active), []
-        if self.waiting and self.slots - reserved >= ADMIT * self.slots:
+        wanted = sum(len(s.limits) for s in self.waiting)
+        if self.waiting and self.slots - reserved >= min(ADMIT * self.slots, wanted):
             while self.waiting and reserved + len(self.waiting[-1].limits) <= self.slots:
                 new.append(self.waiting.pop())
                 new[-1].slot = len(active) + len(new) - 1
@@ -324,9 +329,9 @@ def cache_bytes(model_config, dtype: torch.dtype) -> int:
 def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     """The model's KV cache for `rows` sequences of `length` tokens.
 
-    It is kept from call to call, for a sharded model until the rollout ends. It takes at most 0.8
-    of a GPU's free memory, half of a CPU's. More rows than fit wait for a slot. Raises SystemExit
-    if not even `at_least` rows fit.
+    It is kept from call to call, for a sharded model until the rollout ends. It takes at most
+    CACHE_SHARE of the free memory. More rows than fit wait for a slot. Raises SystemExit if not
+    even `at_least` rows fit.
     """
     cache = getattr(model, "kv_cache", None)
     if cache is not None and cache.length >= length:
@@ -338,7 +343,7 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     dtype = torch.bfloat16 if on_gpu else model.dtype  # in which the model computes
     row_bytes = length * cache_bytes(model.config, dtype)
     sampling = SAMPLING_BYTES * model.config.get_text_config().vocab_size
-    slots = min(rows, int(free * (0.8 if on_gpu else 0.5)) // (row_bytes + sampling))
+    slots = min(rows, int(free * CACHE_SHARE.get(model.device.type, 0.5)) // (row_bytes + sampling))
     if slots < at_least:
         needed = at_least * row_bytes / 1e9
         fail(

@@ -45,7 +45,7 @@ def has_gpu() -> bool:
         built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         fail(
             f"there is a GPU here ({GPU_FILE}) that torch {torch.__version__}, built {built}, "
-            "cannot use: update the driver, or install a torch built for its CUDA (cu126 or cu129); "
+            "cannot use: update the driver, or install a torch for its CUDA (cu126 or cu129); "
             'to use the CPU on purpose, set CUDA_VISIBLE_DEVICES=""'
         )
     return False

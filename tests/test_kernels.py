@@ -1,0 +1,185 @@
+"""plumbing/kernels.py, and what else makes a GPU step cheaper, as far as a CPU can tell."""
+
+import copy
+import types
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import grpo
+from conftest import ROOT, make_tiny
+from grpo import Rollout
+from plumbing import attention, decoder
+from plumbing.attention import use_attention
+from plumbing.decoder import KVCache, forward_step, reserve_cache
+from plumbing.kernels import fuse_norms
+from plumbing.weights import load_config
+
+QWEN = str(ROOT / "recipes/shapes/qwen2.5_7b")
+
+
+@pytest.mark.parametrize("family, norms", [("qwen2", 5), ("qwen3", 9), ("llama", 5), ("gemma", 0)])
+def test_fused_norms_compute_what_the_modules_own_do(family, norms):
+    """Two layers have two norms each, Qwen3's four, and one is last. Gemma adds 1 to weights."""
+    model = make_tiny(family)
+    with torch.no_grad():  # weights of one would not tell Gemma's form from Llama's
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.linspace(0.5, 1.5, len(parameter)))
+    fused, ids = fuse_norms(copy.deepcopy(model)), torch.tensor([[3, 5, 8, 13]])
+    changed = [m for m in fused.modules() if "forward" in vars(m)]
+    assert len(changed) == norms
+    outputs = [m(ids).logits for m in (model, fused)]
+    assert torch.allclose(*outputs, atol=1e-4)
+    for logits in outputs:
+        logits.square().mean().backward()
+    for (name, mine), theirs in zip(fused.named_parameters(), model.parameters()):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-4, rtol=1e-3), name
+
+
+VIEWS = set(
+    "view _unsafe_view reshape transpose t permute expand slice select unsqueeze squeeze detach "
+    "alias as_strided split split_with_sizes unbind empty empty_like empty_strided new_empty "
+    "lift_fresh unflatten _reshape_alias narrow diagonal".split()
+)
+LARGE = {"mm", "addmm", "bmm", "linear"}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what would be a small GPU kernel: no view, no product, no attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, result = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
+        same = name == "to" and result.dtype == args[0].dtype  # nothing to do
+        if name not in VIEWS | LARGE and not same:
+            self.count[name] += 1
+        return result
+
+
+def kernels_of_a_decode_step(layers: int, fused: bool, monkeypatch) -> int:
+    """Small kernels of a decode step of 192 rows, Qwen2.5-7B's shape, on the meta device."""
+    config = AutoConfig.from_pretrained(QWEN)
+    config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
+    options = dict(dtype=torch.bfloat16, attn_implementation="sdpa")
+    with torch.device("meta"):
+        model = use_attention(AutoModelForCausalLM.from_config(config, **options).eval())
+    model = fuse_norms(model) if fused else model
+    attend = lambda query, key, value, **options: torch.empty_like(query)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    cache, ids = KVCache(192, 2048), torch.zeros(192, dtype=torch.long, device="meta")
+    # In inference mode F.rms_norm reaches the mode whole. Elsewhere only CUDA keeps it whole.
+    with torch.inference_mode(), Kernels() as kernels:
+        forward_step(model, cache, ids, ids, 1024)
+        first = kernels.count.total()
+        forward_step(model, cache, ids, ids, 1024)  # the first one has made the cache
+    return kernels.count.total() - first
+
+
+def test_a_decode_step_has_at_most_twenty_small_kernels_per_layer(monkeypatch):
+    count = lambda layers, fused: kernels_of_a_decode_step(layers, fused, monkeypatch)
+    per_layer = {fused: count(3, fused) - count(2, fused) for fused in (False, True)}
+    assert per_layer[True] <= 20 < 30 <= per_layer[False]
+
+
+# --------------------------------------------------------------------------------------------------
+# Slots and admission
+
+
+def test_192_rows_of_qwen2_5_7b_fit_beside_its_weights_on_80_gb(monkeypatch):
+    """Free: 85 GB without a seventh of 14 bytes per parameter and the whole model in bf16."""
+    model = types.SimpleNamespace(device=torch.device("cuda"), config=load_config(QWEN))
+    parameters = 7.62e9
+    free = 85e9 - 1.6e9 - 14 * parameters / 8 - 2 * parameters
+    monkeypatch.setattr(decoder, "free_memory", lambda device: int(free))
+    assert reserve_cache(model, 192, 512 + 3584).slots == 192
+
+
+def decode_steps(slots: int, monkeypatch, limit: int = 3584) -> int:
+    """Decode steps of 64 plans x 3 CoTs of log-normal lengths; the model computes nothing."""
+    generator, steps = torch.Generator().manual_seed(1), []
+    draw = lambda mean, sigma, most: int(min(most, max(40, torch.empty(1).log_normal_(
+        mean, sigma, generator=generator).item())))
+    plans = [draw(5.2, 0.35, 511) for _ in range(64)]
+    totals = [[draw(7.0, 0.5, limit) for _ in range(3)] for _ in plans]
+    totals[0] = [limit] * 3
+    model = types.SimpleNamespace(device=torch.device("cpu"))
+    cache = types.SimpleNamespace(slots=slots, copy=lambda *args: None)
+
+    def step(model, cache, ids, positions):
+        steps.append(len(ids))
+        return torch.zeros(len(ids), 2)
+
+    one = lambda logits, *args: (torch.zeros(len(logits), dtype=torch.long), logits[:, 0])
+    monkeypatch.setattr(decoder, "reserve_cache", lambda *args: cache)
+    monkeypatch.setattr(decoder, "prefill", lambda *args: None)
+    monkeypatch.setattr(decoder, "decode_step", step)
+    monkeypatch.setattr(grpo, "sample_token", one)
+    lengths = {}
+
+    def closed(ids):
+        return lengths.get(id(ids)) == len(ids)
+
+    roots = [Rollout([0], total, is_plan=True) for total in totals]
+    lengths.update({id(root.ids): plan for root, plan in zip(roots, plans)})
+    options = dict(temperature=1.0, top_p=1.0, stop_ids=[], seed=0, max_plan_tokens=512)
+    grpo.decode(model, roots, plan_closed=closed, **options)
+    assert sum(len(cot.ids) for root in roots for cot in root.cots) > 0
+    return len(steps)
+
+
+def test_rows_that_nearly_fit_cost_at_most_five_percent_more_steps(monkeypatch):
+    whole = decode_steps(192, monkeypatch)
+    assert whole == 3584
+    assert decode_steps(183, monkeypatch) <= 1.05 * whole
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention and sampling
+
+
+def test_a_mask_and_grouped_heads_never_reach_the_kernel_together(monkeypatch):
+    """A window needs a mask, and with one the fused kernels refuse grouped heads."""
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query, key, value, **options):
+        seen.append((options["attn_mask"] is not None, options["enable_gqa"]))
+        return original(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    options = dict(scaling=None, grouped=True)
+    out = attention.attend(query, key, value, None, window=4, **options)
+    attention.attend(query, key, value, None, window=None, **options)
+    assert seen == [(True, False), (False, True)]
+    for row in range(9):  # by hand: head h attends to key head h // 2, four positions back
+        first = max(0, row - 3)
+        for head in range(4):
+            keys = key[:, head // 2, first:row + 1]
+            scores = (query[:, head, row, None] * keys).sum(-1) / 8**0.5
+            expected = (scores.softmax(-1)[..., None] * value[:, head // 2, first:row + 1]).sum(1)
+            assert torch.allclose(out[:, row, head], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 4.0])
+def test_top_p_is_the_same_by_the_likeliest_tokens_as_by_a_full_sort(spread):
+    logits = spread * torch.randn(5, 3000, generator=torch.Generator().manual_seed(2))
+    probs = (logits + 1e-3 * torch.linspace(0, 1, 3000)).softmax(-1)  # no two are equal
+    for top_p in (0.05, 0.5, 0.95):
+        kept = grpo.keep_top_p(probs, top_p)
+        for row, chosen in zip(probs.tolist(), kept):
+            mass, expected = 0.0, set()
+            for token in sorted(range(3000), key=lambda t: -row[t]):
+                if mass >= top_p:
+                    break
+                expected.add(token)
+                mass += row[token]
+            found = set(chosen.nonzero().flatten().tolist())
+            assert len(found ^ expected) <= 1  # the last one, by rounding of the sums
