@@ -44,6 +44,7 @@ from model_utils import (
 )
 from plumbing.answers import grader_stats
 from plumbing.attention import Packed, micro_batches, pack
+from plumbing.balance import balance
 from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.log import SHOWN, rollout_records, step_metrics
@@ -261,6 +262,7 @@ class Group:
     """A question and its G = m z completions, plan-major."""
     question: dict  # problem record with `prompt` ids
     rollouts: list[Rollout]
+    place: tuple[int, int] = (0, 0)  # the rank that sampled it, and its number there
 
 
 def grade_groups(
@@ -596,6 +598,7 @@ def main():
                 fresh = [g for g in fresh if len({r.correct for r in g.rollouts}) == 2]
             groups = (groups + fresh)[:config.questions // world_size()]
             kept = int(all_sum(torch.tensor(len(groups), device=run.device)))
+        groups, imbalance = balance(groups, config.cots)  # ranks train on about as many tokens
 
         # ---- Reward and advantage ----------------------------------------------------------------
         rewards = group_rewards(groups, config)  # each (N, m, z)
@@ -622,7 +625,7 @@ def main():
         metrics |= credit_metrics(rewards, (plan, cot), no_plan_reward, run.device)
         if held_out and run.is_due(config.eval_every):
             metrics["eval_accuracy"] = greedy_accuracy(model, tokenizer, held_out, config)
-        run.log({**metrics, "lr": lr, "rounds": rounds}, shown=SHOWN)
+        run.log({**metrics, "lr": lr, "rounds": rounds, "imbalance": imbalance}, shown=SHOWN)
         if run.is_due(config.show_every):
             records = rollout_records(groups, rewards, minis, tokenizer, config.token_log_questions)
             run.write("rollouts.jsonl", records)

@@ -8,6 +8,7 @@ import math
 import torch
 
 from plumbing.answers import GRADER_COUNTS, grader_stats, plan_leaks
+from plumbing.balance import decoded_tokens
 from plumbing.ranks import all_sum, gather0, print0, require
 
 # bf16 rounding explains a smaller difference of sampler and trainer (mean |difference of logprobs|
@@ -73,9 +74,7 @@ def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> d
     ]
     total, outcome = rewards["total"].flatten(1), rewards["outcome"].flatten(1)  # (N, G)
     equal = lambda values: (values.amax(1) - values.amin(1) < 1e-6).sum()
-    # A plan is decoded once for its z CoTs. One that never closed fills its z places itself.
-    decoded = sum(len(r.ids) - r.plan_tokens for r in {id(r): r for r in rollouts}.values())
-    decoded += sum(r.plan_tokens for r in rollouts) // rewards["total"].shape[2]
+    decoded = decoded_tokens(rollouts, rewards["total"].shape[2])
     sums = {  # name -> (sum, count) of this rank
         "reward": (total.sum(), total.numel()),
         "accuracy": (rewards["correct"].sum(), total.numel()),
@@ -114,8 +113,10 @@ def rollout_records(groups: list, rewards: dict, minis: list, tokenizer, detaile
     note_tokens([micro for mini in minis for micro in mini])
     records = []
     for n, group in enumerate(groups):
-        records.append(rollout_record(group, rewards, n, tokenizer if n < detailed else None))
-    records = gather0(records)
+        details = tokenizer if group.place[1] < detailed else None
+        records.append((group.place, rollout_record(group, rewards, n, details)))
+    # In the order of sampling, whichever rank has trained on a group.
+    records = [record for _, record in sorted(gather0(records), key=lambda pair: pair[0])]
     if records:
         show_record(records[0])
     return records

@@ -3,7 +3,7 @@ run this under torchrun.
 
 Prints loss, gradient norm, KL and entropy of each update, and the first greedy tokens. `--weights
 FILE` saves the final weights. Further flags: --uneven, --shard_within_node,
---activation_checkpointing, --cpu_offload, --from FOLDER.
+--activation_checkpointing, --cpu_offload, --from FOLDER, --dealt (rank 0 has sampled all groups).
 """
 
 import json
@@ -13,8 +13,9 @@ import torch
 from test_grpo import fake_rollouts, nearby_model
 
 from conftest import make_tiny
-from grpo import Config, all_logprobs, make_micro_batches, sample, update
+from grpo import Config, Group, all_logprobs, make_micro_batches, sample, update
 from model_utils import load_sharded, make_optimizer, shard_model, unsharded
+from plumbing.balance import balance
 from plumbing.ranks import all_sum, init_distributed, print0, rank, world_size
 from plumbing.signals import guarded
 from plumbing.weights import model_tensors
@@ -39,6 +40,12 @@ def main():
     rollouts, mine = fake_rollouts(9), slice(rank(), None, world_size())
     if "--uneven" in sys.argv:  # rank 0 takes all rollouts, the others run empty micro-batches
         mine = slice(None) if rank() == 0 else slice(0, 0)
+    if "--dealt" in sys.argv:
+        groups = [Group({"id": n}, rollouts[n::3]) for n in range(3)]
+        groups, imbalance = balance(groups if rank() == 0 else [], cots=1)
+        rollouts, mine = [r for group in groups for r in group.rollouts], slice(None)
+        assert groups and (imbalance < 2 or world_size() == 1)
+        assert all(group.place == (0, group.question["id"]) for group in groups)
     figures = []
     for _ in range(3):
         micros = make_micro_batches(rollouts[mine], config, device)

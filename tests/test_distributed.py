@@ -47,6 +47,7 @@ def folders(tmp_path_factory):
 CASES = {
     "even": "",
     "all rollouts on one rank": "--uneven",
+    "questions dealt out after sampling": "--dealt",
     "options, loaded by rows": "--activation_checkpointing --cpu_offload --from plain",
     "one node's mesh, loaded by rank 0": "--shard_within_node --from renamed",
 }

@@ -15,6 +15,7 @@ from conftest import FAMILIES, make_tiny
 from grpo import Config, Rollout, group_advantages, kl_k3, policy_loss, sample, token_weights
 from model_utils import make_optimizer, plan_marks, shard_model
 from plumbing import decoder
+from plumbing.balance import deal, decoded_tokens
 from plumbing.log import rollout_metrics
 from pretend_gpu import Capture, Graph
 
@@ -538,3 +539,25 @@ def test_inner_epochs_use_the_policy_that_sampled():
     first = grpo.update(model, optimizer, mini, config, 1e-2)
     second = grpo.update(model, optimizer, mini, config, 1e-2)
     assert first["clip_frac"] == 0 and second["clip_frac"] > 0.2
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions are dealt out to ranks
+
+
+def test_questions_are_dealt_out_by_tokens():
+    # 9, 7, 6, 4, 3, 1: 9 to rank 0, 7 to 1, 6 to 1 (13), 4 to 0 (13), 3 to 0 (16), 1 to 1 (14).
+    hands = deal([[7, 1, 9], [3, 6, 4]], 2)
+    assert hands == [[(0, 2), (1, 0), (1, 2)], [(0, 0), (0, 1), (1, 1)]]
+    assert deal([[5], [], []], 3) == [[(0, 0)], [], []]
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1000, 9000, (8, 16), generator=generator).tolist()
+    loads = [sum(sizes[owner][n] for owner, n in hand) for hand in deal(sizes, 8)]
+    assert max(loads) < 1.01 * sum(loads) / 8 < 1.05 * max(map(sum, sizes))
+
+
+def test_tokens_count_a_plan_once_and_an_open_plan_once():
+    plan = [3] * 5
+    cots = [Rollout([1], [9], ids=plan + [4] * n, plan_tokens=5) for n in (2, 4)]
+    open_plan = Rollout([1], [9], ids=[3] * 7, is_plan=True)
+    assert decoded_tokens([*cots, open_plan, open_plan], cots=2) == 5 + 2 + 4 + 7
