@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -245,6 +246,26 @@ def other_plans(task: Task, model: Path, own: list[dict], out: Path) -> dict[str
     return found
 
 
+def plan_trees(task: Task, model: Path, out: Path) -> dict:
+    """`eval.py --analysis plans`, and the correlation of plans' scores with what they are worth."""
+    flags = f"--data {task.folder}/data/test.jsonl --limit 300 --temperature 1 --top_p 1"
+    call(
+        f"eval.py --model {model} --out {out}/plans --overwrite {flags} {task.limits} "
+        "--analysis plans --n 12 --cots 3",
+        out / "plans.log",
+    )
+    scores, values = [], []
+    for line in (out / "plans/records.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        for i in range(0, 12, 3):
+            cots = record["samples"][i:i + 3]
+            if parsed := parse_completion(cots[0]["completion"]):
+                scores.append(sum(s["correct"] for s in cots) / 3)
+                values.append(task.judge(record["problem"], parsed.plan, parsed.think)["value"])
+    analysis, = json.loads((out / "plans/summary.json").read_text())["plans"].values()
+    return {"analysis": analysis, "score_corr": round(float(np.corrcoef(scores, values)[0, 1]), 4)}
+
+
 def run_job(task: Task, row: str, seed: int) -> dict:
     """Train and evaluate. Returns the line of bench/study.jsonl."""
     out = task.folder / f"{row} {seed}".replace(" ", "_").replace(",", "")
@@ -263,6 +284,7 @@ def run_job(task: Task, row: str, seed: int) -> dict:
     }
     if row in MAIN_ROWS and seed == 0:
         result["with_plan"] = other_plans(task, out / "model", records, out)
+        result |= plan_trees(task, out / "model", out)
     shutil.rmtree(out)  # the line holds all that the page needs
     return result
 
@@ -271,17 +293,10 @@ def sft_job(task: Task) -> dict:
     """The start of all runs: how it does, and how much its plans decide."""
     out, model = task.folder / "start", task.folder / "sft/model"
     records = evaluate(task, model, out / "eval")
-    analysis = "--analysis plans --n 12 --cots 3"
-    flags = f"--data {task.folder}/data/test.jsonl --limit 300 --temperature 1 --top_p 1"
-    call(
-        f"eval.py --model {model} --out {out}/plans --overwrite {flags} {task.limits} {analysis}",
-        out / "plans.log",
-    )
-    plans = json.loads((out / "plans/summary.json").read_text())["plans"]
     result = {
-        "task": task.name, "row": "SFT", "seed": 0, "right": counts(records), "analysis": plans,
+        "task": task.name, "row": "SFT", "seed": 0, "right": counts(records),
         "did": what_the_plans_did(task, records),
-        "with_plan": other_plans(task, model, records, out),
+        "with_plan": other_plans(task, model, records, out), **plan_trees(task, model, out),
     }
     shutil.rmtree(out)
     return result

@@ -206,7 +206,8 @@ def plan_use(runs: list[dict], with_plan: list[dict]) -> dict:
     other = [run["with_plan"] for run in with_plan]
     swapped = {name: mean_of(w.get(name) for w in other) for name in ("true", "shuffled", "none")}
     own = float(np.mean([shares(run).mean() for run in with_plan or runs]))
-    return {"did": did, "own": own, **swapped}
+    corr = mean_of(run.get("score_corr") for run in runs)
+    return {"did": did, "own": own, "score_corr": corr, **swapped}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ CURVES = {GRPO: "#3b82f6", PTA: "#d9661f", SEGMENT: "#22a05a"}
 INK = "#808080"  # readable on white and on black
 RESULT = set(
     "task row seed flags seconds step_seconds icc credit_corr accuracy decoded completions right "
-    "analysis did with_plan".split()
+    "analysis did with_plan score_corr".split()
 )  # the other fields of a line name its machine
 
 
@@ -72,11 +72,11 @@ def header(lines: list[dict], jobs: list[tuple]) -> str:
         where = ", ".join(f"{name} {line[name]}" for name in sorted(set(line) - RESULT))
         machines[where] = machines.get(where, 0) + 1
     finished = len(jobs) - sum(map(len, left.values()))
-    missing = "; ".join(f"{name} (seeds {', '.join(seeds)})" for name, seeds in left.items())
+    missing = "; ".join(f"{name}: {', '.join(seeds)}" for name, seeds in left.items())
     where = "; ".join(f"{count} lines: {name}" for name, count in machines.items())
     return HEADER.format(
         finished=finished, jobs=len(jobs), where=where or "none yet",
-        missing=f"\n**Missing:** {missing}.\n" if missing else "",
+        missing=f"\n**Missing seeds:** {missing}.\n" if missing else "",
     )
 
 
@@ -131,6 +131,8 @@ def own_figures(f: dict) -> str:
             ["z\\*, the best CoTs per plan", number(facts["best"], 2)],
             ["reliability of a plan's score at z = 3", number(reliability(share, 3), 2)],
         ]
+    if (corr := f["start"].get("score_corr")) is not None:
+        rows.append(["correlation of a plan's score (3 CoTs) with its true worth", number(corr, 2)])
     accuracies = [percent(use[name]) for name in ("own", "true", "shuffled", "none")]
     rows.append(["accuracy with own, true, shuffled, no plan, %", ", ".join(accuracies)])
     rows.append(["plans that are best, %", percent(use["did"].get("best"))])
@@ -178,14 +180,16 @@ def plans_table(f: dict) -> str:
     accuracies = ("own", "true", "shuffled", "none")
     did = ("best", "value", "right_if_best", "right_if_not", "revised", "right_if_revised")
     cells = [
-        [name, *(percent(row[a]) for a in accuracies), *(percent(row["did"].get(d)) for d in did)]
+        [name, *(percent(row[a]) for a in accuracies), *(percent(row["did"].get(d)) for d in did),
+         number(row["score_corr"], 2)]
         for name, row in rows.items()
     ]
     head = "row | own plan | true | shuffled | none | plans that are best | value of plans | "
-    head += "right if best | right if not | of those not best, revised | and then right"
+    head += "right if best | right if not | not best, but revised | and then right | score_corr"
     return table(head, cells) + (
         "\nAll in %. The first four columns are accuracies, over the seeds for which other plans "
-        "were tried; without any, over all.\n"
+        "were tried; without any, over all. score_corr: correlation of a plan's score (3 CoTs) "
+        "with its true worth.\n"
     )
 
 
