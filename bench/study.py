@@ -50,6 +50,7 @@ class Task:
     plan_tokens: float  # mean length of a plan after SFT
     cot_tokens: float  # and of a CoT
     plain_steps: int
+    small: int  # completions per question that take as many tokens as a tree of 4x3
 
     @property
     def folder(self) -> Path:
@@ -90,21 +91,23 @@ TASKS = {
         data="--sft 12000 --train 8000 --test 600", base="",
         sft="--epochs 1 --lr 3e-3 --batch_size 32",
         limits="--max_plan_tokens 30 --max_completion_tokens 48",
-        plan_tokens=19, cot_tokens=13, plain_steps=30,
+        plan_tokens=19, cot_tokens=13, plain_steps=30, small=7,
     ),
     "quantities": Task(
         "quantities", toy, judge_quantities,
         data="--sft 12000 --terse 0.5 --test 600", base="data/toy_base",
         sft="--epochs 2 --lr 2e-3 --batch_size 64",
         limits="--max_plan_tokens 48 --max_completion_tokens 128",
-        plan_tokens=13.5, cot_tokens=31, plain_steps=50,
+        plan_tokens=13.5, cot_tokens=31, plain_steps=50, small=10,
     ),
 }
 TREE, PLAIN = "--plans 4 --cots 3", "--plans 12 --cots 1 --beta 0"
 DAPO = "--clip_high 0.28 --mini_batches 4 --dynamic_sampling --overlong_buffer 8 --kl_coef 0"
-# Row -> flags of grpo.py. The first seven have five seeds, the others three.
+# Row -> flags of grpo.py. The main rows have five seeds, the others three.
 MAIN_ROWS = {
     "GRPO 12x1": PLAIN,
+    # As many tokens per step as the tree, so as many steps: is it the tree, or only more steps?
+    "GRPO, small groups": "--plans {small} --cots 1 --beta 0",
     "PTA-GRPO 4x3": f"{TREE} --beta 0.5",
     "tree 4x3, beta 0": f"{TREE} --beta 0",
     "segment 4x3, beta 0": f"{TREE} --beta 0 --credit segment",
@@ -174,8 +177,12 @@ def prepare(task: Task):
     )
 
 
+def flags_of(task: Task, row: str) -> str:
+    return ROWS[row].format(small=task.small)
+
+
 def steps_of(task: Task, row: str) -> int:
-    words = ROWS[row].split()
+    words = flags_of(task, row).split()
     plans, cots = (int(words[words.index(flag) + 1]) for flag in ("--plans", "--cots"))
     return OWN_STEPS.get((task.name, row)) or task.steps(plans, cots)
 
@@ -188,7 +195,7 @@ def train(task: Task, row: str, seed: int, out: Path) -> float:
         f"grpo.py --model {start} --data {task.folder}/data/train.jsonl --out {out} --overwrite "
         f"--steps {steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr 1e-4 "
         f"--warmup_steps 5 --save_every 0 --eval_every 0 --show_every 0 {task.limits} "
-        f"--tokens_per_micro_batch 4000 --activation_checkpointing false {ROWS[row]}",
+        f"--tokens_per_micro_batch 4000 --activation_checkpointing false {flags_of(task, row)}",
         out.with_suffix(".log"),
     )
     return time.time() - began
@@ -275,7 +282,7 @@ def run_job(task: Task, row: str, seed: int) -> dict:
     column = lambda name: [round(m[name], 4) for m in metrics if name in m]
     icc = column("plan_icc_mean")
     result = {
-        "task": task.name, "row": row, "seed": seed, "flags": ROWS[row],
+        "task": task.name, "row": row, "seed": seed, "flags": flags_of(task, row),
         "seconds": round(seconds, 1), "step_seconds": sorted(column("seconds"))[len(metrics) // 2],
         "icc": icc[-1] if icc else None, "credit_corr": (column("credit_corr") or [None])[-1],
         "accuracy": column("accuracy"), "decoded": column("decoded_tokens"),

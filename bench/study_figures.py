@@ -15,9 +15,11 @@ from plumbing.plans import best_cots
 SAMPLES = 4  # per held-out problem, as in bench/study.py
 UNITS = ("completions", "decoded", "seconds")
 GRPO, PTA, BARE = "GRPO 12x1", "PTA-GRPO 4x3", "tree 4x3, beta 0"
+SMALL = "GRPO, small groups"
 SEGMENT, TAU = "segment 4x3, beta 0", "PTA-GRPO 4x3, tau 0.1"
 CONTRASTS = {  # what is asked -> (row, the row it is compared with)
     "PTA-GRPO or GRPO": (PTA, GRPO),
+    "a tree or as many steps of GRPO": (BARE, SMALL),
     "what the plan reward does": (PTA, BARE),
     "what unbiased credit does": (SEGMENT, BARE),
     "what it does beside a plan reward": ("segment 4x3, beta 0.5", PTA),
