@@ -8,7 +8,9 @@ import textwrap
 
 import numpy as np
 
-from bench.study_figures import GRPO, PTA, UNITS, p_text, percent, settled, token_cost
+from bench.study_figures import GRPO, PTA, SMALL, UNITS, p_text, percent, settled, token_cost
+
+CONTROL = "a tree or as many steps of GRPO"
 
 
 def verdict(test: dict, other: str) -> str:
@@ -49,6 +51,7 @@ def does_it_pay(figures: list[dict]) -> str:
             ratio = rows[PTA]["decoded"] / rows[GRPO]["decoded"]
             if abs(ratio - 1) > 0.05:
                 said.append(f"PTA-GRPO's runs decoded {100 * ratio:.0f} % of GRPO's tokens.")
+        said += as_many_steps(f)
         best = max(trees(f), key=lambda row: np.mean(rows[row]["held_out"]))
         if best != PTA:
             test = trees(f)[best]
@@ -57,7 +60,11 @@ def does_it_pay(figures: list[dict]) -> str:
         return "No plan tree has been compared with independent completions yet."
     if wins:
         rest = [f["task"] for f in figures if f["task"] not in wins]
+        control = [settled(f["contrasts"][CONTROL]) for f in figures
+                   if f["task"] in wins and CONTROL in f["contrasts"]]
         answer = f"A plan tree pays on {' and '.join(wins)}"
+        if control and "ahead" not in control:
+            answer += ", but no more than smaller groups of plain GRPO do"
         answer += f", not on {' and '.join(rest)}" if rest else ""
     else:
         answer = "No plan tree has been seen to pay" + ", and some do harm" * bool(losses)
@@ -65,6 +72,18 @@ def does_it_pay(figures: list[dict]) -> str:
         f"**{answer}.** Tree settings that are ahead of GRPO beyond chance, at equal decoded "
         f"tokens: {', '.join(counts)}. {' '.join(said)}"
     )
+
+
+def as_many_steps(f: dict) -> list[str]:
+    """The control: plain GRPO that takes as many steps for the same tokens."""
+    plain, control = f["against"].get(SMALL), f["contrasts"].get(CONTROL)
+    if not (plain and control):
+        return []
+    return [
+        "A tree takes more steps for the same tokens, and so does GRPO with fewer completions per "
+        f"question: that ends {verdict(plain, 'GRPO 12x1')}. Beside it, a tree without plan reward "
+        f"ends {verdict(control, 'these smaller groups')}."
+    ]
 
 
 def what_the_parts_do(figures: list[dict]) -> str:
@@ -112,6 +131,9 @@ def why(figures: list[dict]) -> str:
         if wins and cost >= 0.95:
             said.append("That a tree is ahead all the same must come from elsewhere, perhaps from "
                         "what a CoT's siblings tell it.")
+        elif wins and CONTROL in f["contrasts"] and settled(f["contrasts"][CONTROL]) != "ahead":
+            said.append("Trees are ahead, but with as many steps plain GRPO gains about as much: the "
+                        "number of steps shows, not a more precise gradient.")
         elif wins:
             said.append("The tree that is ahead fits that.")
         elif cost < 0.95:

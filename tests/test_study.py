@@ -177,7 +177,9 @@ def test_a_whole_study(page):
     row = next(line for line in text.splitlines() if line.startswith(f"| {PTA} |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "5" and float(cells[4].split()[0]) == pytest.approx(15, abs=5)
-    assert "A plan tree pays on doors and quantities" in text and "ahead of GRPO" in text
+    # The control, smaller groups of GRPO, has no gain here, but nor has the tree without reward.
+    answer = "A plan tree pays on doors and quantities, but no more than smaller groups"
+    assert answer in " ".join(text.split()) and "ahead of GRPO" in text
     for task in study.TASKS:
         root = ET.parse(f"docs/study_{task}.svg").getroot()
         drawn = "".join(root.itertext())
