@@ -63,9 +63,9 @@ def does_it_pay(figures: list[dict]) -> str:
         control = [settled(f["contrasts"][CONTROL]) for f in figures
                    if f["task"] in wins and CONTROL in f["contrasts"]]
         answer = f"A plan tree pays on {' and '.join(wins)}"
-        if control and "ahead" not in control:
-            answer += ", but no more than smaller groups of plain GRPO do"
         answer += f", not on {' and '.join(rest)}" if rest else ""
+        if control and "ahead" not in control:
+            answer += "; smaller groups of plain GRPO do about as well there"
     else:
         answer = "No plan tree has been seen to pay" + ", and some do harm" * bool(losses)
     return (
@@ -132,8 +132,8 @@ def why(figures: list[dict]) -> str:
             said.append("That a tree is ahead all the same must come from elsewhere, perhaps from "
                         "what a CoT's siblings tell it.")
         elif wins and CONTROL in f["contrasts"] and settled(f["contrasts"][CONTROL]) != "ahead":
-            said.append("Trees are ahead, but with as many steps plain GRPO gains about as much: the "
-                        "number of steps shows, not a more precise gradient.")
+            said.append("Trees are ahead, but plain GRPO with as many steps gains about as much: "
+                        "the number of steps shows, not a more precise gradient.")
         elif wins:
             said.append("The tree that is ahead fits that.")
         elif cost < 0.95:

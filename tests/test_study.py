@@ -170,16 +170,17 @@ def assert_sound(text: str):
 
 
 def test_a_whole_study(page):
-    text = page(fake_lines({PTA: 0.15}))
+    text = page(fake_lines({PTA: 0.25}))
     assert_sound(text)
     total = len(study.jobs())
     assert f"**{total} of {total} runs are done.**" in text and "Missing" not in text
     row = next(line for line in text.splitlines() if line.startswith(f"| {PTA} |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1] == "5" and float(cells[4].split()[0]) == pytest.approx(15, abs=5)
+    assert cells[1] == "5" and float(cells[4].split()[0]) == pytest.approx(25, abs=5)
     # The control, smaller groups of GRPO, has no gain here, but nor has the tree without reward.
-    answer = "A plan tree pays on doors and quantities, but no more than smaller groups"
-    assert answer in " ".join(text.split()) and "ahead of GRPO" in text
+    said = " ".join(text.split())
+    assert "pays on doors and quantities; smaller groups of plain GRPO do about as well" in said
+    assert "ahead of GRPO" in said
     for task in study.TASKS:
         root = ET.parse(f"docs/study_{task}.svg").getroot()
         drawn = "".join(root.itertext())
