@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data import toy
+from data import toy, verifiers
 from data.overlap import Overlap
 from plumbing import grader
 from plumbing.answers import check_golds, is_number_list, last_box
@@ -538,6 +538,9 @@ def load_gradable(
     grader.pool.start()  # the workers import math-verify while data and model are loaded
     problems = load_records(name, limit=limit, seed=seed)
     init_distributed()
+    for problem in problems:
+        reason = verifiers.refusal(problem)
+        require(not reason, f"{name}: record {problem['id']} {reason}")
     problems = with_usable_golds(name, problems)
     for problem in problems:
         problem["prompt"] = encode(problem["problem"])

@@ -26,6 +26,19 @@ def chance(records: list[dict], answers: list, salts: list[str], evaluated: bool
 VERIFIERS = {"math": math, "doors": chance}
 
 
+def refusal(record: dict) -> str | None:
+    """Why a record's verifier cannot judge it, or None. (Golds of "math" are checked elsewhere.)"""
+    name = record.get("verifier", DEFAULT)
+    if name not in VERIFIERS:
+        return f"names the verifier {name!r}; choose one of {', '.join(VERIFIERS)}"
+    if name == "doors":
+        try:
+            doors.doors_of(record["problem"])
+        except ValueError as error:
+            return f"is {error}; mend it, or leave its verifier out"
+    return None
+
+
 def verify(
     records: list[dict], answers: list[str | None], salts: list[str], evaluated: bool = False
 ) -> list[bool]:
