@@ -108,6 +108,7 @@ def logprob_bytes(vocabulary: int, tokens: int, dtype: torch.dtype) -> int:
 # --------------------------------------------------------------------------------------------------
 # The estimate
 
+GPU_SIZES = (80, 141)  # GiB of the GPUs that --dry_run speaks of: H100 and H200
 ALWAYS = ("weights", "optimiser", "reference")
 ROLLOUT = ("gathered for rollout", "KV cache", "sampling")
 UPDATE = ("gradients", "activations", "logprobs", "gathered for update")
@@ -163,6 +164,32 @@ def rows_that_fit(parts: dict[str, float], gib: float) -> int:
     return max(0, int((0.9 * gib * GIB - without_rows) // parts["row"]))
 
 
+def largest_model(parts: dict[str, float], gib: float) -> float:
+    """Parameters up to which a model fits into `gib` GiB, with one row at a time.
+
+    A rollout holds the most per parameter: the shares of weights, AdamW and reference, and the
+    whole model in the dtype of the computation.
+    """
+    held = sum(parts[name] for name in (*ALWAYS, "gathered for rollout")) / parts["parameters"]
+    return max(0.0, 0.9 * gib * GIB - parts["row"]) / held
+
+
+def advice(parts: dict[str, float], without: dict[str, float], rows: int, gib: float) -> str:
+    """What a GPU of `gib` GiB makes of a run. `without`: `parts` without checkpointing."""
+    fit = rows_that_fit(parts, gib)
+    waves = -(-rows // fit) if fit else 0
+    rollout = f"{waves} wave{'s' * (waves > 1)} of up to {min(fit, rows)} rows"
+    rollout, limit = rollout if fit else "not one row fits", 0.9 * gib * GIB
+    if without["update"] <= limit:
+        update = "--activation_checkpointing false fits, and is faster"
+    elif parts["update"] <= limit:
+        update = "--activation_checkpointing is needed"
+    else:
+        update = "an update does not fit: lower --tokens_per_micro_batch or add GPUs"
+    billions = largest_model(parts, gib) / 1e9
+    return f"on {gib:g} GiB: {rollout}; {update}; models up to about {billions:.0f} B fit"
+
+
 # --------------------------------------------------------------------------------------------------
 # --dry_run
 
@@ -184,11 +211,11 @@ def dry_run(
     ranks = world_size()
     if settings.shard_within == "node":
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    parts = estimate(
-        load_config(settings.model), ranks=ranks, rows=rows, prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens, micro_tokens=micro_tokens, reference=reference,
-        checkpointing=settings.activation_checkpointing, cpu_offload=settings.cpu_offload,
-    )
+    options = dict(ranks=ranks, rows=rows, micro_tokens=micro_tokens, reference=reference)
+    options |= dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+    options |= dict(cpu_offload=settings.cpu_offload)
+    config = load_config(settings.model)
+    parts = estimate(config, **options, checkpointing=settings.activation_checkpointing)
     print0(f"\nmemory per GPU (GiB), with the weights cut over {ranks}")
     for name in ALWAYS + ROLLOUT * (rows > 0) + UPDATE:
         if parts[name]:
@@ -197,6 +224,10 @@ def dry_run(
     if rows:
         print0(f"{f'a rollout of {rows} rows':36}{parts['rollout'] / GIB:.1f}, "
                f"{parts['row'] / GIB:.2f} per row; rows that do not fit wait their turn")
+        saving = estimate(config, **options, checkpointing=True)
+        without = estimate(config, **options)
+        for gib in GPU_SIZES:
+            print0(advice(saving, without, rows, gib))
     print0("dry run: nothing was loaded or written")
 
 

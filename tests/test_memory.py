@@ -4,7 +4,7 @@ import pytest
 
 from bench.memory_plan import compare, tiny_configs
 from conftest import ROOT
-from plumbing.memory import Flags, estimate, table
+from plumbing.memory import GIB, Flags, advice, estimate, largest_model, table
 from plumbing.weights import load_config
 
 SETTINGS = dict(
@@ -43,3 +43,20 @@ def test_the_estimate_is_within_15_percent_of_a_measured_update(name, checkpoint
 def test_the_table_of_the_recipes_is_what_the_command_prints(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert table(Flags()) in (ROOT / "recipes/memory.md").read_text()
+
+
+def test_advice_by_hand():
+    """A model of 10 parameters of 0.1 GiB each: 2 + 4 + 1 for the update's sake, 5 gathered."""
+    parts = dict(weights=2, optimiser=4, reference=1, row=0.5)
+    parts |= {"gathered for rollout": 5, "KV cache": 8, "sampling": 2, "rollout": 22, "update": 15}
+    parts = {name: size * GIB for name, size in parts.items()} | {"parameters": 10}
+    without = {"update": 40 * GIB}
+    # 0.9 x 20 - 12 = 6 GiB for rows of 0.5: 12 of 20, two waves. (18 - 0.5) / 1.2 = 14.6 parameters.
+    assert largest_model(parts, 20) == pytest.approx(17.5 / 1.2)
+    assert advice(parts, without, 20, 20).startswith(
+        "on 20 GiB: 2 waves of up to 12 rows; --activation_checkpointing is needed; models up to"
+    )
+    roomy = advice(parts, without, 20, 50)
+    assert "1 wave of up to 20 rows; --activation_checkpointing false fits, and is faster" in roomy
+    small = advice(parts, without, 20, 10)
+    assert "not one row fits; an update does not fit: lower --tokens_per_micro_batch" in small
