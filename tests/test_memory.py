@@ -51,7 +51,7 @@ def test_advice_by_hand():
     parts |= {"gathered for rollout": 5, "KV cache": 8, "sampling": 2, "rollout": 22, "update": 15}
     parts = {name: size * GIB for name, size in parts.items()} | {"parameters": 10}
     without = {"update": 40 * GIB}
-    # 0.9 x 20 - 12 = 6 GiB for rows of 0.5: 12 of 20, two waves. (18 - 0.5) / 1.2 = 14.6 parameters.
+    # 0.9 x 20 - 12 = 6 GiB for rows of 0.5: 12 of 20, two waves. (18 - 0.5) / 1.2 parameters fit.
     assert largest_model(parts, 20) == pytest.approx(17.5 / 1.2)
     assert advice(parts, without, 20, 20).startswith(
         "on 20 GiB: 2 waves of up to 12 rows; --activation_checkpointing is needed; models up to"
