@@ -164,6 +164,24 @@ def keep_top_p(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
 
 
+def draw_tokens(probs: torch.Tensor, generator) -> torch.Tensor:
+    """A token per row by inverse CDF, with one uniform number per row. (B, V) -> (B,)
+
+    First a block of tokens is drawn by its mass, then a token inside it. In float64, and with short
+    sums, so that tokens of tiny probability keep theirs.
+    """
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 512)).unflatten(1, (-1, 512))
+    mass = blocks.sum(-1, dtype=torch.float64)  # (B, V / 512)
+    ends = mass.cumsum(-1)
+    place = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device)
+    place = place * ends[:, -1:]
+    block = torch.searchsorted(ends, place, right=True).clamp_max(mass.shape[1] - 1)  # (B, 1)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, 512))[:, 0].double().cumsum(-1)
+    place = place - (ends.gather(1, block) - mass.gather(1, block))
+    token = torch.searchsorted(inside, place.clamp_max(inside[:, -1:] * (1 - 1e-12)), right=True)
+    return (block * 512 + token)[:, 0]
+
+
 def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generator):
     """Draw a token per row: logits (B, V) -> tokens (B,), their logprobs (B,) before top-p."""
     logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
@@ -171,9 +189,7 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
         tokens = logprobs.argmax(-1)
     else:
         probs = logprobs.exp() if top_p >= 1 else keep_top_p(logprobs.exp(), top_p)
-        # Exponential race: argmax of p / e with e ~ Exp(1) falls on token v with probability p_v.
-        noise = torch.empty_like(probs).exponential_(generator=generator)
-        tokens = (probs / noise).argmax(-1)
+        tokens = draw_tokens(probs, generator)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 

@@ -185,6 +185,34 @@ def test_sampled_frequencies_match_the_softmax(temperature, top_p):
     assert float(surprise.sum()) < 20.5  # chi-square's 0.999 quantile at 5 degrees of freedom
 
 
+def test_draws_are_exact_over_blocks_of_the_vocabulary():
+    """1,300 tokens are three blocks. Most have probability 0, and one has eight millionths."""
+    probs = torch.zeros(1300)
+    chosen = {0: 0.2, 511: 0.15, 512: 0.25, 700: 0.1, 1023: 0.1, 1024: 0.15, 1299: 0.05 - 8e-6}
+    for token, share in {**chosen, 100: 8e-6}.items():
+        probs[token] = share
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(1300)
+    draws = 500_000
+    for _ in range(50):
+        tokens = grpo.draw_tokens(probs.expand(draws // 50, -1), generator)
+        counts += torch.bincount(tokens, minlength=1300)
+    assert set(counts.nonzero().flatten().tolist()) <= {*chosen, 100}
+    expected = draws * probs[list(chosen)].double()
+    surprise = ((counts[list(chosen)] - expected) ** 2 / expected).sum()
+    assert float(surprise) < 24.3  # chi-square's 0.9995 quantile at 6 degrees of freedom
+    assert 0 < counts[100] <= 14  # 4 are expected; more than 14 have a chance of 1 in 50,000
+
+
+@pytest.mark.parametrize("place, token", [(0.0, 3), (1 - 2**-53, 1290)])
+def test_the_ends_of_the_range_draw_tokens_that_can_be_drawn(monkeypatch, place, token):
+    probs = torch.zeros(5, 1300)
+    probs[:, [3, 600, 1290]] = torch.rand(5, 3, generator=torch.Generator().manual_seed(1)) + 0.1
+    rand = lambda *shape, **options: torch.full(shape, place, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", rand)
+    # The probabilities do not add up to 1, as after top-p.
+    assert grpo.draw_tokens(probs, None).tolist() == [token] * 5
+
+
 def test_top_p_keeps_the_token_that_crosses_the_line():
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.05, 0.9, 0.03, 0.02]])
     kept = grpo.keep_top_p(probs, 0.6)
