@@ -11,6 +11,7 @@ top-p: that is the policy as it was trained. Every finished run is a line of ben
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -164,7 +165,7 @@ def prepare(task: Task):
     """Data, plans and SFT of a task, once."""
     folder, data = task.folder, task.folder / "data"
     if (folder / "sft/model/config.json").exists():
-        return
+        return check_start(task)
     module = task.module.__name__
     call(f"-m {module} --out {data} {task.data} --overwrite", folder / "data.log")
     plans = f"--data {data}/sft.jsonl --limit 0 --out {folder}/plans.jsonl --overwrite"
@@ -175,6 +176,22 @@ def prepare(task: Task):
         "--activation_checkpointing false --overwrite",
         folder / "sft.log",
     )
+    check_start(task)
+
+
+def start_digest(task: Task) -> str:
+    weights = (task.folder / "sft/model/model.safetensors").read_bytes()
+    return hashlib.sha256(weights).hexdigest()[:16]
+
+
+def check_start(task: Task):
+    """Refuse an SFT model other than the one that the task's earlier runs started from."""
+    known = {line.get("start") for line in read_results() if line["task"] == task.name} - {None}
+    if known and start_digest(task) not in known:
+        raise SystemExit(
+            f"error: the SFT model in {task.folder} is not the one of the runs in {RESULTS}: bring "
+            f"that one, or move {RESULTS} away and begin again"
+        )
 
 
 def flags_of(task: Task, row: str) -> str:
@@ -301,7 +318,8 @@ def sft_job(task: Task) -> dict:
     out, model = task.folder / "start", task.folder / "sft/model"
     records = evaluate(task, model, out / "eval")
     result = {
-        "task": task.name, "row": "SFT", "seed": 0, "right": counts(records),
+        "task": task.name, "row": "SFT", "seed": 0, "start": start_digest(task),
+        "right": counts(records),
         "did": what_the_plans_did(task, records),
         "with_plan": other_plans(task, model, records, out), **plan_trees(task, model, out),
     }

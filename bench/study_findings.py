@@ -128,12 +128,13 @@ def why(figures: list[dict]) -> str:
             f"{best}: three CoTs per plan need {change} than one for the same precision of the "
             "plan's gradient."
         )
-        if wins and cost >= 0.95:
-            said.append("That a tree is ahead all the same must come from elsewhere, perhaps from "
-                        "what a CoT's siblings tell it.")
-        elif wins and CONTROL in f["contrasts"] and settled(f["contrasts"][CONTROL]) != "ahead":
+        control = f["contrasts"].get(CONTROL)
+        if wins and control and settled(control) != "ahead":
             said.append("Trees are ahead, but plain GRPO with as many steps gains about as much: "
                         "the number of steps shows, not a more precise gradient.")
+        elif wins and cost >= 0.95:
+            said.append("That a tree is ahead all the same must come from elsewhere, perhaps from "
+                        "what a CoT's siblings tell it.")
         elif wins:
             said.append("The tree that is ahead fits that.")
         elif cost < 0.95:

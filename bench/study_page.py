@@ -37,7 +37,7 @@ CURVES = {GRPO: "#3b82f6", PTA: "#d9661f", SEGMENT: "#22a05a"}
 INK = "#808080"  # readable on white and on black
 RESULT = set(
     "task row seed flags seconds step_seconds icc credit_corr accuracy decoded completions right "
-    "analysis did with_plan score_corr".split()
+    "analysis did with_plan score_corr start".split()
 )  # the other fields of a line name its machine
 
 
