@@ -179,7 +179,7 @@ def draw_tokens(probs: torch.Tensor, generator) -> torch.Tensor:
     inside = blocks.gather(1, block[:, :, None].expand(-1, -1, 512))[:, 0].double().cumsum(-1)
     place = place - (ends.gather(1, block) - mass.gather(1, block))
     token = torch.searchsorted(inside, place.clamp_max(inside[:, -1:] * (1 - 1e-12)), right=True)
-    return (block * 512 + token)[:, 0]
+    return (block * 512 + token)[:, 0].clamp_max(probs.shape[1] - 1)  # NaN would lead beyond
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generator):
