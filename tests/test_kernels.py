@@ -108,7 +108,7 @@ def decode_steps(slots: int, monkeypatch, limit: int = 3584) -> int:
         mean, sigma, generator=generator).item())))
     plans = [draw(5.2, 0.35, 511) for _ in range(64)]
     totals = [[draw(7.0, 0.5, limit) for _ in range(3)] for _ in plans]
-    totals[0] = [limit] * 3
+    totals[0], totals[-1] = [limit] * 3, [3100] * 3  # a long plan tree begins last
     model = types.SimpleNamespace(device=torch.device("cpu"))
     cache = types.SimpleNamespace(slots=slots, copy=lambda *args: None)
 
