@@ -65,7 +65,7 @@ def does_it_pay(figures: list[dict]) -> str:
         answer = f"A plan tree pays on {' and '.join(wins)}"
         answer += f", not on {' and '.join(rest)}" if rest else ""
         if control and "ahead" not in control:
-            answer += "; smaller groups of plain GRPO do about as well there"
+            answer += "; beside smaller groups of plain GRPO no gain is beyond chance"
     else:
         answer = "No plan tree has been seen to pay" + ", and some do harm" * bool(losses)
     return (
@@ -130,8 +130,9 @@ def why(figures: list[dict]) -> str:
         )
         control = f["contrasts"].get(CONTROL)
         if wins and control and settled(control) != "ahead":
-            said.append("Trees are ahead, but plain GRPO with as many steps gains about as much: "
-                        "the number of steps shows, not a more precise gradient.")
+            said.append("Trees are ahead of 12 completions, but not, beyond chance, of plain GRPO "
+                        "with as many steps: so far it is the number of steps that shows, not a "
+                        "more precise gradient.")
         elif wins and cost >= 0.95:
             said.append("That a tree is ahead all the same must come from elsewhere, perhaps from "
                         "what a CoT's siblings tell it.")

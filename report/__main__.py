@@ -95,7 +95,7 @@ def evaluations_table(evals: list[Run]) -> str:
                 "truncated": percent(figures["truncation_rate"]),
                 "pass@k": ", ".join(f"{k}: {percent(share)}" for k, share in passed),
             })
-    note = "An interval covers the choice of problems and of samples: eval.py bootstraps over both."
+    note = "An interval covers the choice of problems and of samples (plumbing/intervals.py)."
     return dict_table("Held-out problems", rows, note)
 
 

@@ -233,7 +233,7 @@ def test_intervals_and_the_paired_comparison(page, folder):
 
 
 def test_no_figure_is_a_negative_zero(folder, tmp_path, monkeypatch):
-    """A bound of a bootstrap interval may be -0.0 or -1e-17."""
+    """A bound of an interval may be -0.0 or -1e-17."""
     assert report.percent(-1e-17) == report.percent(-0.0) == "0.0 %"
     assert report.percent(-0.001) == "-0.1 %"
     row = {"benchmark": "x", "delta": -0.0, "ci_low": -1e-17, "ci_high": 0.107, "p": 1.0}

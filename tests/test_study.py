@@ -179,7 +179,7 @@ def test_a_whole_study(page):
     assert cells[1] == "5" and float(cells[4].split()[0]) == pytest.approx(25, abs=5)
     # The control, smaller groups of GRPO, has no gain here, but nor has the tree without reward.
     said = " ".join(text.split())
-    assert "pays on doors and quantities; smaller groups of plain GRPO do about as well" in said
+    assert "pays on doors and quantities; beside smaller groups of plain GRPO no gain is" in said
     assert "ahead of GRPO" in said
     for task in study.TASKS:
         root = ET.parse(f"docs/study_{task}.svg").getroot()
