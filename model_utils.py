@@ -321,8 +321,10 @@ def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only, not on norms and biases."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    decayed = {"params": matrices, "weight_decay": weight_decay}
-    return torch.optim.AdamW([decayed, {"params": vectors, "weight_decay": 0.0}], lr=lr)
+    groups = [{"params": matrices, "weight_decay": weight_decay}]
+    groups.append({"params": vectors, "weight_decay": 0.0})
+    # Fused, it needs no temporary copy of a shard. With --cpu_offload the weights are not on a GPU.
+    return torch.optim.AdamW(groups, lr=lr, fused=matrices[0].is_cuda)
 
 
 def lr_at(step: int, steps: int, lr: float, warmup_steps: int, schedule: str) -> float:

@@ -56,6 +56,13 @@ out_of() {
     echo "$out"
 }
 
+# The KV cache and AdamW's state take turns in the same memory: without growing segments each would
+# pin what the other left. With --cpu_offload AdamW runs on the CPU, where torchrun's default is one
+# thread per rank.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > GPUS ? cores / GPUS : 1))}
+
 # Without `--`, torchrun would read eval.py's --n as a shortened flag of its own.
 launch() { torchrun --nproc_per_node="$GPUS" -- "$@"; }
 # A dry run needs only the number of ranks: one process says that it is one of so many.
