@@ -18,6 +18,8 @@ Under torchrun every rank holds a local teacher and answers its share of each ba
     torchrun --nproc_per_node=8 distill.py --teacher Qwen/Qwen2.5-7B-Instruct
 """
 
+import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
+
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -14,6 +14,8 @@ The defaults are the paper's (arXiv 2510.01833, A.10): temperature 0.6, top-p 0.
 An interval includes the choice of problems: with 30 problems it stays wide, however large n is.
 """
 
+import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
+
 import functools
 import hashlib
 import json

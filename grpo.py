@@ -20,6 +20,8 @@ Shapes: N questions on this rank, m plans, z CoTs per plan, G = m z; B sequences
 V vocabulary. Logprobs and masks are (B, T-1): column t is about token t+1.
 """
 
+import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
+
 import random
 import re
 from collections.abc import Callable

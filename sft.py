@@ -8,6 +8,8 @@ paper's Table 4, "SFT without plans").
     torchrun --nproc_per_node=8 sft.py
 """
 
+import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
+
 import random
 import time
 from dataclasses import dataclass

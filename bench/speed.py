@@ -12,6 +12,8 @@ prompts and lengths. Limits set the lengths. They are drawn once from a log-norm
 random weights do as well as trained ones.
 """
 
+import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
+
 import argparse
 import functools
 import logging

@@ -1,6 +1,7 @@
 """These files keep the stages running. Of this project's code they import only each other.
 
     ranks       torch.distributed for one process or many
+    threads     how many threads torch has on a CPU, and how they wait
     flags       a dataclass becomes --flags
     run         a training run: folder, log, checkpoints and stops in one object
     folder      a run's folder: opened, refused or cleared

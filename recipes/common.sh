@@ -56,12 +56,9 @@ out_of() {
     echo "$out"
 }
 
-# The KV cache and AdamW's state take turns in the same memory: without growing segments each would
-# pin what the other left. With --cpu_offload AdamW runs on the CPU, where torchrun's default is one
-# thread per rank.
+# KV cache and activations take turns in the same memory. Without segments that grow, what AdamW
+# keeps in a part of one would pin the rest of it.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-cores=$(getconf _NPROCESSORS_ONLN)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > GPUS ? cores / GPUS : 1))}
 
 # Without `--`, torchrun would read eval.py's --n as a shortened flag of its own.
 launch() { torchrun --nproc_per_node="$GPUS" -- "$@"; }

@@ -6,7 +6,6 @@
 set -euo pipefail
 [ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN, TASK or STEPS before it" >&2; exit 1; }
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=PASSIVE  # waiting threads must not spin: there are as many as cores
 RUN=${RUN:-runs/demo}
 TASK=${TASK:-doors}
 # steps and tree_steps: of GRPO, and of PTA-GRPO for as many tokens; beside them tokens per question.

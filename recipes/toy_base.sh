@@ -6,7 +6,6 @@
 set -euo pipefail
 [ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN before it" >&2; exit 1; }
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=PASSIVE
 RUN=${RUN:-runs/toy_base}
 
 # train NAME START_MODEL LOW HIGH PROBLEMS SEED EPOCHS SCHEDULE LR: LOW to HIGH facts per problem
