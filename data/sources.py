@@ -704,7 +704,7 @@ def main():
         "overlaps": overlap.report if overlap else [],
     }
     out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n")
-    print("; ".join([f"{out}: {kept} records", *counts_text(dropped)]))
+    print0("; ".join([f"{out}: {kept} records", *counts_text(dropped)]))
 
 
 if __name__ == "__main__":

@@ -156,6 +156,19 @@ def not_ours(folder: Path) -> list[str]:
     return [path.name for path in found if foreign(path)]
 
 
+def refuse_place(out: str) -> Path:
+    """The folder --out. Raises SystemExit if it is empty, or a folder with another purpose."""
+    require(out.strip(), "--out is empty: name a folder, such as runs/mine")
+    folder, home = Path(out).resolve(), Path.home()
+    what = ""
+    if folder == home or folder in home.parents:  # "/" is among them
+        what = f"the folder {folder}, which holds more than a run"
+    elif (folder / ".git").exists() or folder == Path(__file__).resolve().parents[1]:
+        what = f"{folder}, which holds a repository"
+    require(not what, f"--out {out} is {what}: name a folder for this run alone, as runs/mine")
+    return Path(out)
+
+
 def refuse_folder(folder: Path, settings):
     """Refuse a folder in which this training must not begin. Raises SystemExit with the remedy."""
     refuse_blocked(present(folder), settings.resume)
@@ -269,7 +282,7 @@ def check_run(settings) -> Path:
     Raises SystemExit with the remedy if the run must not begin there. With --resume its code is 0
     if the run is finished: a command that is queued again and again then ends as the last one did.
     """
-    folder = Path(settings.out)
+    folder = refuse_place(settings.out)
     for name in ("model", "data", "eval_data") if settings.overwrite else ():
         value = getattr(settings, name, "")
         inside = value and folder.resolve() in Path(value).resolve().parents
@@ -307,7 +320,7 @@ def check_resume(folder: Path, settings):
 
 def check_evaluation(config):
     """Make the folder --out of an evaluation. Refuse one that holds what is not its to replace."""
-    out, other = Path(config.out), "choose another --out"
+    out, other = refuse_place(config.out), "choose another --out"
     found = [name for name in ("run.json", *RESULTS) if (out / name).exists()]
     stage, results = stage_of(out), found not in ([], ["run.json"])
     training = stage == "training" or (out / "metrics.jsonl").exists()

@@ -105,7 +105,7 @@ def icc_interval(parts: np.ndarray, seed: int = 0, resamples: int = 2000) -> tup
 # In evaluation: eval.py --analysis plans
 
 ANALYSIS = """plans on {name}: {n_problems} problems x {plans} plans x {cots} CoTs
-  ICC {icc:.3f}  95 % interval {ci_low:.3f} to {ci_high:.3f}
+  ICC {icc:z.3f}  95 % interval {ci_low:z.3f} to {ci_high:z.3f}
   standard deviation of plans {plan_std:.3f}, of the CoTs of a plan {cot_std:.3f}
   mean length of plans {plan_tokens:.1f}, of CoTs {cot_tokens:.1f}  plans that closed {closed:.3f}
   z* {best} CoTs per plan make the plan gradient most precise at an equal token budget

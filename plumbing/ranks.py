@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +14,23 @@ from tqdm import tqdm
 GPU_FILE = Path("/dev/nvidia0")  # exists where Linux has found an NVIDIA GPU
 
 
+# Control characters but tab and newline, marks of writing direction, lone surrogates.
+UNSAFE = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """Text whose unsafe characters are written as escapes.
+
+    What a model, a data set or a server wrote could else clear the screen or forge lines of a log.
+    """
+    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def fail(message: str):
     """End the program with one sentence and exit code 1. (`signals.guarded` prints it once.)"""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(printable(f"error: {message}"))
 
 
 def require(condition, message: str):
@@ -84,10 +99,10 @@ def device_mesh(device: torch.device, shard_within: str):
 
 
 def print0(*args):
-    """Print on rank 0, above a progress bar if one is on the screen."""
+    """Print `printable` text on rank 0, above a progress bar if one is on the screen."""
     if rank() == 0:
         with contextlib.suppress(OSError):  # a terminal that is gone must not stop a run
-            tqdm.write(" ".join(map(str, args)))
+            tqdm.write(printable(" ".join(map(str, args))))
             sys.stdout.flush()
 
 

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from plumbing.ranks import all_max, rank, world_size
+from plumbing.ranks import all_max, printable, rank, world_size
 
 STOPPED = 75  # exit code of a run that was asked to stop and saved: EX_TEMPFAIL, "try again later"
 
@@ -119,7 +119,7 @@ def guarded(main):
             message = out_of_memory(error) or f"rank {rank()} failed:\n{traceback.format_exc()}"
     if message:
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(message, file=sys.stderr)
+            print(printable(message), file=sys.stderr)  # a traceback may quote foreign text
     if orderly:
         close_distributed()
         flush_screen()

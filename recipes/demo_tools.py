@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from plumbing.ranks import print0
+
 TITLES = {"base": "base model", "sft": "after SFT", "grpo": "after GRPO", "pta": "after PTA-GRPO"}
 FIGURES = ("accuracy", "ci_low", "ci_high", "n_problems", "mean_length", "format_rate")
 
@@ -52,16 +54,16 @@ def show_question(records: dict[str, list[dict]]):
     learned = lambda i: first("pta", i)["correct"] and not first("sft", i)["correct"]
     shown = next(filter(learned, range(len(records["sft"]))), 0)
     banner("one question, before and after RL")
-    print(f"question  {records['sft'][shown]['problem']}")
-    print(f"gold      {records['sft'][shown]['answer']}")
+    print0(f"question  {records['sft'][shown]['problem']}")
+    print0(f"gold      {records['sft'][shown]['answer']}")
     for name in ("sft", "pta"):
         sample = first(name, shown)
-        print(f"{TITLES[name]} ({'right' if sample['correct'] else 'wrong'}):")
+        print0(f"{TITLES[name]} ({'right' if sample['correct'] else 'wrong'}):")
         text = sample["completion"]
         for end in ("</plan>", "</think>"):
             text = text.replace(end, end + "\n")
         for block in text.split("\n"):
-            print(f"    {block.strip()}")
+            print0(f"    {block.strip()}")
 
 
 def show_table(rows: list[dict]):
@@ -72,7 +74,7 @@ def show_table(rows: list[dict]):
         percent = {name: 100 * row[name] for name in ("accuracy", "ci_low", "ci_high")}
         print(
             f"{TITLES[row['name']]:16}{percent['accuracy']:9.1f}%"
-            f"{percent['ci_low']:11.1f} to{percent['ci_high']:5.1f}%"
+            f"{percent['ci_low']:z11.1f} to{percent['ci_high']:5.1f}%"
             f"{row['mean_length']:14.1f}{100 * row['format_rate']:13.1f}%"
         )
 

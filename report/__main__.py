@@ -23,7 +23,7 @@ import numpy as np
 
 from eval import compare, summarise
 from plumbing.folder import make_folder
-from plumbing.ranks import require
+from plumbing.ranks import print0, require
 from report.figures import RL_GROUPS, SFT_GROUPS, curves_html, pictures
 from report.runs import (
     Run,
@@ -314,12 +314,12 @@ def rebuild(args: argparse.Namespace):
     except SystemExit as error:  # the run has not begun, or is being replaced
         if not args.watch:
             raise
-        print(f"waiting: {error}", flush=True)
+        print0(f"waiting: {error}")
         return
     shown = f"{result['trees']} plan trees, {result['questions']} questions before and after"
     size, seconds = result["bytes"] / 1e6, time.time() - began
     line = f"{args.out}: {size:.1f} MB, {shown}, built in {seconds:.1f} s"
-    print(line, *result["left_out"], sep="\n  ", flush=True)
+    print0("\n  ".join([line, *result["left_out"]]))
 
 
 def main():

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from plumbing.ranks import require
+from plumbing.ranks import print0, require
 from report.runs import Run, find_runs, group_seeds, is_rl, pick_trees, points, seed_values
 
 RL_GROUPS = {  # heading -> metric -> its meaning
@@ -202,7 +202,7 @@ def pictures(paths: list[str], folder: Path):
     record = telling_tree(rl)
     draw_tree(record, folder / "tree.png")
     files = f"{folder / 'curves.svg'} and {folder / 'tree.png'}"
-    print(f"{files}: step {record['step']}, question {record['id']}")
+    print0(f"{files}: step {record['step']}, question {record['id']}")
 
 
 def draw_curves(rl: list[Run], path: Path):
