@@ -123,7 +123,10 @@ class Trace:
         self.plans = [q.plans[n] for q, n in parts]
         self.totals = [list(q.totals[n]) for q, n in parts]
         self.ends: dict[int, int] = {}
-        self.roots = [grpo.Rollout(q.prompt, [limit] * 3, is_plan=True) for q, _ in parts]
+        forks = [[limit] * len(totals) for totals in self.totals]
+        self.roots = [
+            grpo.Rollout(q.prompt, limits, is_plan=True) for (q, _), limits in zip(parts, forks)
+        ]
         self.names = {id(root): n + 2 for n, root in enumerate(self.roots)}
 
     def __call__(self, input_ids, position_ids=None, attention_mask=None, **options):
@@ -145,7 +148,7 @@ class Trace:
             return 0 if row.ids else self.names[id(row)]
         return self.END if len(row.ids) + 1 >= self.end(row) else 0
 
-    def decode_step(self, model, cache, ids, positions):
+    def decode_step(self, model, cache, ids: list[int], positions: list[int]):
         self.now.rows, self.now.own = len(ids), sum(positions) + len(ids)
         self.now.reserved = cache.slots * cache.length
         options = dict(capture=lambda graph, pool: contextlib.nullcontext())
@@ -175,7 +178,7 @@ class Trace:
             (decoder, "decode_step", self.decode_step),
             (decoder, "free_memory", lambda device: self.free),
             (decoder, "CACHE_SHARE", {"cpu": decoder.CACHE_SHARE["cuda"]}),
-            (decoder, "print0", lambda *text: None),
+            (decoder, "print0", lambda *words: None),
             (decoder.Decoder, "step", note_active),
             (decoder.KVCache, "copy", note_move),
             (grpo, "sample_token", self.sample_token),
@@ -238,7 +241,7 @@ def decode_traffic() -> int:
     steps = []
     for tokens in (3, 7):
         rollout, model = grpo.Rollout([5, 6], [tokens]), TinyModel()
-        with HostTraffic() as host:
+        with HostTraffic() as host, mock.patch.object(decoder, "print0"):
             grpo.decode(model, [rollout], temperature=1.0, top_p=1.0, stop_ids=[], seed=0)
         steps.append(host.count.total())
     return (steps[1] - steps[0]) // 4
