@@ -91,7 +91,9 @@ def read_constants(path: str) -> Constants:
     constants = Constants()
     if path:
         require(Path(path).is_file(), f"no file {path}: `python -m bench.gpu --out FILE` writes it")
-        measured = json.loads(Path(path).read_text())["constants"]
+        record = json.loads(Path(path).read_text())
+        require(not record.get("tiny"), f"{path} is of a dry run: run bench.gpu on a GPU")
+        measured = record["constants"]
         unknown = set(measured) - set(vars(constants))
         require(not unknown, f"{path} has unknown constants {sorted(unknown)}: run bench.gpu again")
         constants = dataclasses.replace(constants, **measured)
