@@ -142,7 +142,8 @@ def make_model(config, layers: int, checkpointing: bool = True):
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     model = make_empty(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    return shard_model(fuse_norms(model), activation_checkpointing=checkpointing)
+    with mock.patch.object(torch.distributed, "is_initialized", lambda: False):  # never sharded
+        return shard_model(fuse_norms(model), activation_checkpointing=checkpointing)
 
 
 def whole(one: Counts, two: Counts, layers: int) -> Counts:

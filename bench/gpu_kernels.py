@@ -106,6 +106,7 @@ class Bench:
 # --------------------------------------------------------------------------------------------------
 # Products and small kernels
 
+
 def products_in_decode(bench: Bench):
     """The products of four blocks, so that no weights stay in the cache of the GPU."""
     c, full = bench.config, bench.heads * bench.width

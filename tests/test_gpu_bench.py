@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch.distributed as dist
 
 from bench import gpu, gpu_kernels
 from bench.step_model import Constants, read_constants
@@ -57,3 +58,15 @@ def test_a_wrong_kernel_is_called_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_kernels, "attend", forgetful)
     record = run(monkeypatch, tmp_path, "--part", "decode_attention")
     assert record["rows"][0]["what"].startswith("masked SDPA") and "WRONG" in str(record["rows"][0])
+
+
+def test_a_whole_step_in_a_process_group_of_one(monkeypatch, tmp_path):
+    """A lone GPU has one, for FSDP2. The models that are only counted must not be cut by it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        record = run(monkeypatch, tmp_path, "--part", "whole_step")
+    finally:
+        dist.destroy_process_group()
+    assert not record["failed"] and len(record["rows"]) == 4
+    gap = record["rows"][-1]
+    assert gap["what"].startswith("sampler_gap") and gap["measured"] < 1e-4
