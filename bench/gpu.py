@@ -11,7 +11,6 @@ data sheet's bandwidth and bf16 products. Kernels are compared with references i
 """
 
 import copy
-import functools
 import gc
 import json
 import time
@@ -97,49 +96,43 @@ def drawing_tokens(bench: Bench):
     bench.check("frequencies of 100,000 draws", found, wanted / wanted.sum(), 0.05)
 
 
-def new_cache(model, rows: int, length: int) -> decoder.KVCache:
-    return decoder.KVCache(max(rows, 8), length)
-
-
-def step_inputs(rows: int, places: int) -> list[list[int]]:
-    """What decoder.decode_step takes: ids and positions."""
-    return [[1] * rows, [places - 1] * rows]
+def admitted(model, prompts: list[list[int]], limit: int):
+    """A decoder, and its active sequences once their prompts are prefilled."""
+    model.kv_cache = None  # free the last one
+    made = decoder.Decoder(model, [grpo.Rollout(prompt, [limit]) for prompt in prompts])
+    return made, made.admit([])
 
 
 def decode_steps(bench: Bench):
-    """Steps of the whole model, eager and captured, against the step model."""
+    """Steps of the whole model, as replayed graphs, against the step model."""
     model = random_model(bench, bench.config.num_hidden_layers)
     expected = Rollout(bench.config, bench.gpu, bench.assumed, StepFlags())
     firsts = []
     for rows, places in grid(bench):
-        cache, inputs = new_cache(model, rows, bench.size(4096, 128)), step_inputs(rows, places)
-        run = functools.partial(decoder.decode_step, model, cache, *inputs)
         with torch.no_grad():
+            made, active = admitted(model, [[1] * places] * rows, 64)
+            bench.sync()
             began = time.perf_counter()
-            run()
+            made.step(active)
             bench.sync()
             firsts.append(time.perf_counter() - began)
-            seconds = bench.seconds(run)
-        step = Step(rows, rows * places, graph=(rows, places))
-        assumed = expected.step_parts(step)
+            seconds = bench.seconds(lambda: made.step(active))
+        assumed = expected.step_parts(Step(rows, rows * places, graph=(rows, places)))
         without_draw = sum(assumed.values()) - assumed["drawing tokens"]
         name = f"a decode step, {rows} rows, {places} places"
         bench.report(name, 1e3 * seconds, "ms", 1e3 * without_draw)
     bench.report("capture of a graph", sorted(firsts)[len(firsts) // 2], "s", constant="capture_s")
-    if bench.cuda:
-        used = getattr(model, "cuda_graphs", True)
-        bench.report("CUDA graphs are used", float(used), "(1: yes)", 1.0)
+    for what, name in (("CUDA graphs", "cuda_graphs"), ("split-KV attention", "split_kv")):
+        if bench.cuda and hasattr(model, name):
+            bench.report(f"{what} passed the decoder's check", float(getattr(model, name)), "", 1.0)
 
 
 def prefill(bench: Bench):
     model, length = random_model(bench, bench.config.num_hidden_layers), bench.size(400, 20)
-    rollouts = [grpo.Rollout([1] * length, [8], slot=n) for n in range(bench.size(32, 2))]
-    for rollout in rollouts:
-        rollout.prompt = list(rollout.prompt)  # equal prompts that are not shared
-    cache = new_cache(model, len(rollouts), 512)
+    prompts = [[1 + n] * length for n in range(bench.size(32, 2))]
     with torch.no_grad():
-        seconds = bench.seconds(lambda: decoder.prefill(model, cache, rollouts), 5)
-    flops = 2 * parameters(model.config) * len(rollouts) * (length - 1)
+        seconds = bench.seconds(lambda: admitted(model, prompts, 8), 5)
+    flops = 2 * parameters(model.config) * len(prompts) * (length - 1)
     share = flops / seconds / bench.gpu.flops
     bench.report("prompts", share, "of products", constant="prefill_products")
 

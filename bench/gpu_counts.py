@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import types
 from collections import Counter
 from unittest import mock
 
@@ -121,6 +122,12 @@ class FusedAttention(torch.autograd.Function):
         return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
+def split_attention(query: torch.Tensor, *inputs, **options) -> torch.Tensor:
+    """varlen_attn, which reads of each row only its own places."""
+    Counts.active.kinds["varlen"] += 1
+    return torch.empty_like(query)
+
+
 @contextlib.contextmanager
 def stand_ins():
     """Kernels that are whole on CUDA only are counted as one each."""
@@ -131,6 +138,7 @@ def stand_ins():
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(functional, "rms_norm", norm))
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attend))
+        stack.enter_context(mock.patch("torch.nn.attention.varlen.varlen_attn", split_attention))
         stack.enter_context(mock.patch(no_sync, lambda position_ids: None))
         yield
 
@@ -157,15 +165,39 @@ def whole(one: Counts, two: Counts, layers: int) -> Counts:
     return total
 
 
-def count_decode(config, layers: int, rows: int, filled: int = 1024) -> Counts:
+@contextlib.contextmanager
+def as_on_gpu(free: float = 1e15, split: bool = True):
+    """The decoder lays out its cache as on a GPU with `free` bytes, and says nothing.
+
+    `split` False: for masked attention, though split-KV might do.
+    """
+    kept = {name: getattr(decoder, name) for name in ("CACHE_SHARE", "free_memory", "print0")}
+    share, may_split = decoder.CACHE_SHARE["cuda"], getattr(decoder, "may_split", None)
+    decoder.CACHE_SHARE = {"cpu": share, "meta": share}
+    decoder.free_memory, decoder.print0 = lambda device: int(free), lambda *words: None
+    if may_split:
+        kept["may_split"], cuda = may_split, torch.device("cuda")
+        decoder.may_split = lambda model: split and may_split(
+            types.SimpleNamespace(config=model.config, device=cuda)
+        )
+    try:
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(decoder, name, value)
+
+
+def count_decode(config, layers: int, rows: int, split: bool = True) -> Counts:
     """One decode step of `rows` rows, without the drawing of tokens."""
-    model, cache = make_model(config, layers), decoder.KVCache(rows, filled)
-    ids = torch.zeros(rows, dtype=torch.long, device="meta")
-    with stand_ins(), torch.no_grad(), torch.device("meta"):
+    prompt = [0] * 1024
+    active = [grpo.Rollout(prompt, [1], slot=slot) for slot in range(rows)]
+    model = make_model(config, layers)  # outside: whether norms can be fused is tried for real
+    with stand_ins(), as_on_gpu(split=split), torch.no_grad(), torch.device("meta"):
+        made = decoder.Decoder(model, active)
         with Counts():
-            decoder.forward_step(model, cache, ids, ids, filled)  # the first one makes the cache
+            made.step(active)  # the first step makes the cache
         with Counts() as counts:
-            decoder.forward_step(model, cache, ids, ids, filled)
+            made.step(active)
     return counts
 
 

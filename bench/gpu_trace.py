@@ -18,6 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import grpo
+from bench.gpu_counts import as_on_gpu
 from plumbing import decoder
 from plumbing.balance import deal, decoded_tokens
 
@@ -106,6 +107,10 @@ class Step:
     moved: list[int] = dataclasses.field(default_factory=list)  # places, per move before the step
     prompts: int = 0  # padded prompt tokens prefilled before the step
 
+    @property
+    def read(self) -> int:
+        return math.prod(self.graph) or self.own
+
 
 class Trace:
     """Runs grpo.decode with a model that computes nothing. `steps` is what a GPU would do.
@@ -115,10 +120,14 @@ class Trace:
     """
 
     END = 1
+    split_kv = True  # the kernel needs no trial
 
-    def __init__(self, config, questions: list[Question], limit: int, free: float):
+    def __init__(
+        self, config, questions: list[Question], limit: int, free: float, split: bool = True
+    ):
+        self.split = split
         self.config, self.device, self.dtype = config, torch.device("cpu"), torch.bfloat16
-        self.steps, self.now, self.free = [], Step(0, 0), int(free)
+        self.steps, self.now, self.free, self.capturing = [], Step(0, 0), free, False
         parts = [(q, n) for q in questions for n in range(len(q.plans))]
         self.plans = [q.plans[n] for q, n in parts]
         self.totals = [list(q.totals[n]) for q, n in parts]
@@ -148,13 +157,15 @@ class Trace:
             return 0 if row.ids else self.names[id(row)]
         return self.END if len(row.ids) + 1 >= self.end(row) else 0
 
-    def decode_step(self, model, cache, ids: list[int], positions: list[int]):
-        self.now.rows, self.now.own = len(ids), sum(positions) + len(ids)
-        self.now.reserved = cache.slots * cache.length
+    def forward_step(self, model, cache, *inputs, **options):
+        """In place of an eager step: a replayed one. What that captures is the eager one."""
+        if self.capturing:
+            return self.eager(model, cache, *inputs, **options)
+        self.capturing, self.now.reserved = True, cache.slots * cache.length
         options = dict(capture=lambda graph, pool: contextlib.nullcontext())
         options["graph"] = functools.partial(Graph, self)
-        inputs = torch.tensor(ids), torch.tensor(positions), max(positions) + 1
-        logits = decoder.replay_step(self, cache, *inputs, **options)
+        logits = decoder.replay_step(model, cache, *inputs, **options)
+        self.capturing = False
         self.steps.append(self.now)
         self.now = Step(0, 0)
         return logits
@@ -164,21 +175,19 @@ class Trace:
         return tokens, torch.zeros(len(tokens))
 
     def run(self) -> list[Step]:
-        step, move = decoder.Decoder.step, decoder.KVCache.copy
+        step, move, self.eager = decoder.Decoder.step, decoder.KVCache.copy, decoder.forward_step
 
         def note_active(own, active):
-            self.active = active
+            self.active, self.now.rows = active, len(active)
+            self.now.own = sum(len(row.prompt) + len(row.ids) for row in active)
             return step(own, active)
 
-        def note_move(cache, sources, targets, filled):
-            self.now.moved.append(len(sources) * filled)
-            move(cache, sources, targets, filled)
+        def note_move(cache, *moves):
+            self.now.moved.append(moved_places(*moves))
+            move(cache, *moves)
 
         patches = [
-            (decoder, "decode_step", self.decode_step),
-            (decoder, "free_memory", lambda device: self.free),
-            (decoder, "CACHE_SHARE", {"cpu": decoder.CACHE_SHARE["cuda"]}),
-            (decoder, "print0", lambda *words: None),
+            (decoder, "forward_step", self.forward_step),
             (decoder.Decoder, "step", note_active),
             (decoder.KVCache, "copy", note_move),
             (grpo, "sample_token", self.sample_token),
@@ -186,10 +195,19 @@ class Trace:
         closed = lambda ids: len(ids) >= self.plans[ids[0] - 2]
         options = dict(temperature=1.0, top_p=1.0, stop_ids=[self.END], seed=0)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(as_on_gpu(self.free, self.split))
             for patch in patches:
                 stack.enter_context(mock.patch.object(*patch))
             grpo.decode(self, self.roots, plan_closed=closed, max_plan_tokens=512, **options)
         return self.steps
+
+
+def moved_places(*moves) -> int:
+    """Places that a call of KVCache.copy moves: of (source, target, count), or of whole slots."""
+    if len(moves) == 1:
+        return sum(count for _, _, count in moves[0])
+    sources, _, filled = moves
+    return len(sources) * filled
 
 
 class Graph:
@@ -224,38 +242,44 @@ class HostTraffic(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def copies_of_a_move(layers: int) -> int:
-    """Copies from Python that a move of cache slots makes in a model of `layers` blocks."""
-    cache = decoder.KVCache(4, 8)
-    cache.write_tokens(torch.zeros(4, dtype=torch.long), 8)
-    for layer in range(layers):
-        cache.update(torch.zeros(4, 1, 1, 2), torch.zeros(4, 1, 1, 2), layer)
-    with HostTraffic() as host:
-        cache.copy([2, 3], [0, 1], 5)
+class TinyModel:
+    """What grpo.decode needs of a model: it stores keys and values, and attends to nothing."""
+
+    device, dtype, split_kv = torch.device("cpu"), torch.float32, True
+
+    def __init__(self, layers: int = 1):
+        text = types.SimpleNamespace(
+            vocab_size=8, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+            hidden_size=16,
+        )
+        self.layers, self.config = layers, types.SimpleNamespace(get_text_config=lambda: text)
+
+    def __call__(self, input_ids, past_key_values, **options):
+        new = torch.zeros(len(input_ids), 1, input_ids.shape[1], 8)
+        for layer in range(self.layers):
+            past_key_values.update(new, new, layer)
+        return types.SimpleNamespace(logits=torch.zeros(len(input_ids), 1, 8))
+
+
+def traffic(limits: list[int], layers: int = 1) -> int:
+    """Copies between host and GPU in a rollout of one sequence per limit, by the real loop."""
+    rollouts = [grpo.Rollout([5, 6], [limit]) for limit in limits]
+    with as_on_gpu(), HostTraffic() as host:
+        options = dict(temperature=1.0, top_p=1.0, stop_ids=[], seed=0)
+        grpo.decode(TinyModel(layers), rollouts, **options)
     return host.count.total()
 
 
 @functools.cache
 def decode_traffic() -> int:
-    """Copies to the host and back in a decode step of the real loop, without moves and prompts."""
-    steps = []
-    for tokens in (3, 7):
-        rollout, model = grpo.Rollout([5, 6], [tokens]), TinyModel()
-        with HostTraffic() as host, mock.patch.object(decoder, "print0"):
-            grpo.decode(model, [rollout], temperature=1.0, top_p=1.0, stop_ids=[], seed=0)
-        steps.append(host.count.total())
-    return (steps[1] - steps[0]) // 4
+    """Copies between host and GPU in a decode step, without moves and prompts."""
+    return (traffic([7]) - traffic([3])) // 4
 
 
-class TinyModel:
-    """What grpo.decode needs of a model."""
+@functools.cache
+def copies_of_a_move(layers: int) -> int:
+    """Copies from the host that a move makes in a model of so many blocks.
 
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def __init__(self):
-        text = types.SimpleNamespace(vocab_size=8, num_hidden_layers=1, num_attention_heads=1)
-        text.hidden_size = 4
-        self.config = types.SimpleNamespace(get_text_config=lambda: text)
-
-    def __call__(self, input_ids, **options):
-        return types.SimpleNamespace(logits=torch.zeros(len(input_ids), 1, 8))
+    When the first of two sequences ends, the other one takes its slot.
+    """
+    return traffic([2, 5], layers) - traffic([5, 2], layers)

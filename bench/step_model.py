@@ -158,6 +158,7 @@ class Rollout:
 
     def __init__(self, config, gpu: GPU, constants: Constants, flags: Flags):
         self.config, self.gpu, self.c, self.tp = thin(config, flags.tp), gpu, constants, flags.tp
+        self.split = flags.attention != "sdpa"
         self.layers, self.parameters = config.num_hidden_layers, parameters(self.config)
         self.kv = decoder.cache_bytes(self.config, torch.bfloat16)  # bytes of a token, on a rank
         called = "sdpa" if "sdpa" in self.counts(8)[0].kinds else "varlen"
@@ -167,7 +168,7 @@ class Rollout:
 
     @functools.cache
     def counts(self, rows: int) -> tuple[Counts, Counts]:
-        one, two = (count_decode(self.config, blocks, rows) for blocks in (1, 2))
+        one, two = (count_decode(self.config, blocks, rows, self.split) for blocks in (1, 2))
         return whole(one, two, self.layers), count_draw(self.config, rows)
 
     def products(self, counts: Counts) -> float:
@@ -287,7 +288,8 @@ def rollouts(config, gpu: GPU, questions: list[Question], c: Constants, flags: F
     always = sum(held[name] for name in ("weights", "optimiser", "reference"))
     free = gpu.memory - c.reserved - always - 2 * parameters(thin(config, flags.tp))
     groups, limit = flags.gpus // flags.tp, limit_of(config, flags)
-    made = [Trace(thin(config, flags.tp), questions[g::groups], limit, free) for g in range(groups)]
+    split, config = flags.attention != "sdpa", thin(config, flags.tp)
+    made = [Trace(config, questions[g::groups], limit, free, split) for g in range(groups)]
     return [trace.run() for trace in made]
 
 
@@ -323,7 +325,7 @@ def column(name: str, kind: str, c: Constants, flags: Flags) -> dict[str, str]:
     lines |= {part: f"**{seconds:.0f}**" for part, seconds in totals.items()}
     lines |= {"step": f"**{sum(totals.values()):.0f}**"}
     own = sum(step.own for step in steps)
-    read = own if model.varlen else sum(math.prod(step.graph) for step in steps)
+    read = own if model.varlen else sum(step.read for step in steps)
     return lines | {
         "decode steps": f"{len(steps):,}",
         "rows at once, at most": str(max(step.rows for step in steps)),

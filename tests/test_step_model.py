@@ -1,7 +1,6 @@
 """What bench.step_model counts: so a change that makes a step slower on a GPU is seen on a CPU."""
 
 import json
-import math
 import types
 
 import pytest
@@ -149,10 +148,11 @@ def test_rows_that_nearly_fit_cost_few_steps():
 
 
 def test_graphs_and_places_of_a_rollout(steps):
-    """Graphs for 8, 16, 32 and 64 rows, and for lengths in steps of 256."""
-    assert len({step.graph for step in steps}) == sum(step.captured for step in steps) <= 12
-    read, own = (sum(map(size, steps)) for size in (lambda s: math.prod(s.graph), lambda s: s.own))
-    assert 1 <= read / own <= 1.9
+    """Graphs for 8, 16, 32 and 64 rows; under a mask also for lengths, in steps of 256."""
+    masked = any(places for _, places in {step.graph for step in steps})
+    most, waste = (12, 1.9) if masked else (8, 1.0)
+    assert len({step.graph for step in steps}) == sum(step.captured for step in steps) <= most
+    assert 1 <= sum(step.read for step in steps) / sum(step.own for step in steps) <= waste
 
 
 def test_copies_between_host_and_gpu_in_a_decode_step():
