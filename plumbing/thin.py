@@ -114,7 +114,7 @@ class Lockstep:
 
     def least(self, value: int, device) -> int:
         """The least value of any rank of the group."""
-        value = torch.tensor(value, device=device)
+        value = torch.tensor(int(value), device=device)
         dist.all_reduce(value, dist.ReduceOp.MIN, group=self.group)
         return int(value)
 
