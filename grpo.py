@@ -55,6 +55,7 @@ from plumbing.plans import credit_metrics, plan_metrics, sibling_weight
 from plumbing.ranks import all_sum, print0, rank, require, world_size
 from plumbing.run import Run
 from plumbing.signals import guarded
+from plumbing.thin import check_tp, in_lockstep, shared_draw
 from rewards import extract_answer, overlong_penalty, parse_completion, total_reward
 
 
@@ -98,6 +99,7 @@ class Config(TrainingFlags):
     max_plan_tokens: int = 512  # a longer plan gets no CoT; 0: no plan phase (needs --cots 1)
     max_completion_tokens: int = 3584  # plan and CoT together: 3.5K (>= 1)
     rollout_rows: int = 0  # sequences decoded at once per rank; 0: as many as fit in memory
+    tp: int = 1  # so many ranks share the sampling model's heads, for large models (>= 1)
     # data, evaluation, logs
     limit: int = 60000  # use a random subset of the data of this size; 0: all
     eval_data: str = ""  # held-out problems, as --data; empty: drawn from --data
@@ -121,6 +123,7 @@ class Config(TrainingFlags):
         require(plan or self.cots == 1, "--max_plan_tokens 0 samples no plans: set --cots 1")
         require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
         require(self.overlong_buffer <= limit, "--overlong_buffer is above the completion limit")
+        check_tp(self)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,9 +212,10 @@ def decode(
     """
     generator = torch.Generator(model.device).manual_seed(seed)  # sampling has an RNG of its own
     decoder, active = Decoder(model, rollouts, max_rows), []
+    draw = shared_draw(model, sample_token)  # sample_token itself, but for --tp
     while active := decoder.admit(active):  # as many of the waiting ones as there is room for
         logits = decoder.step(active)  # (B, V)
-        tokens, logprobs = sample_token(logits, temperature, top_p, generator)  # (B,), (B,)
+        tokens, logprobs = draw(logits, temperature, top_p, generator)  # (B,), (B,)
         alive = []
         for rollout, token, logprob in zip(active, tokens.tolist(), logprobs.tolist()):
             rollout.ids.append(token)
@@ -252,6 +256,7 @@ def sample(
     return [r.ids for r in rollouts], [r.logprobs for r in rollouts]
 
 
+@in_lockstep  # with --tp
 def sample_tree(
     model, prompts: list[list[int]], config, *, plan_closed: Callable, stop_ids: list[int],
     seed: int, plan_opened: Callable = lambda ids: True, top_p: float = 1.0,
@@ -558,10 +563,10 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
     mine, right, stop_ids = problems[rank()::world_size()], 0, find_stop_ids(model, tokenizer)
     opened, closed = plan_marks(tokenizer)
     greedy = replace(config, plans=1, cots=1, temperature=0.0)
-    with unsharded(model):
-        if mine:
+    with unsharded(model, config.tp) as sampler:
+        if mine or config.tp > 1:
             options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
-            trees = sample_tree(model, [p["prompt"] for p in mine], greedy, **options)
+            trees = sample_tree(sampler, [p["prompt"] for p in mine], greedy, **options)
             groups = [Group(problem, tree) for problem, tree in zip(mine, trees)]
             grade_groups(tokenizer, groups, stop_ids)
             right = sum(group.rollouts[0].correct for group in groups)
@@ -575,9 +580,9 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     run.state["cursor"] = end = first + config.questions
     questions = draw(problems, range(first + rank(), end, world_size()), config.seed)
     opened, closed = plan_marks(tokenizer)
-    with run.timer("rollout"), unsharded(model):
+    with run.timer("rollout"), unsharded(model, config.tp) as sampler:
         trees = run.unless_stopped(
-            sample_tree, model, [q["prompt"] for q in questions], config, stop_ids=stop_ids,
+            sample_tree, sampler, [q["prompt"] for q in questions], config, stop_ids=stop_ids,
             plan_opened=opened, plan_closed=closed, seed=hash((config.seed, end, rank())) % 2**62,
         )
     run.leave_if_asked()

@@ -21,6 +21,7 @@ from plumbing.family import check_family
 from plumbing.kernels import fuse_norms
 from plumbing.memory import CHUNK_LOGITS
 from plumbing.ranks import device_mesh, fail, print0, rank, require
+from plumbing.thin import thinner
 from plumbing.weights import (
     empty_model,
     fill_model,
@@ -229,14 +230,19 @@ def _checkpointed(forward, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def unsharded(model):
-    """Hold the whole model on every rank during a rollout.
+def unsharded(model, tp: int = 1):
+    """Hold the whole model on every rank during a rollout, or 1/tp of it (plumbing/thin.py).
 
     A sharded forward is a collective. It would gather weights for every token, and deadlock as soon
-    as two ranks decode different numbers of tokens. Inside this block no forward is a collective.
+    as two ranks decode different numbers of tokens. Inside this block no forward is a collective;
+    with tp > 1, tp neighbouring ranks go in step.
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if tp > 1:
+        with thinner(model, tp) as sampler:
+            yield sampler
+        return
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
     hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
     for part in parts:
@@ -312,7 +318,6 @@ def token_logprobs(
     return place(logprobs), place(entropies)
 
 
-@torch.no_grad()
 # --------------------------------------------------------------------------------------------------
 # One optimiser step
 

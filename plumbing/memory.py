@@ -13,6 +13,7 @@ the estimate with measured updates.
 
 import copy
 import dataclasses
+import math
 import os
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from plumbing.decoder import SAMPLING_BYTES, cache_bytes
 from plumbing.flags import parse_config
 from plumbing.ranks import print0, world_size
+from plumbing.thin import thin_config
 from plumbing.weights import load_config
 
 # How many logits are computed at a time: 128 MiB in fp32, 512 MiB on a GPU. (Fewer chunks mean
@@ -117,21 +119,22 @@ UPDATE = ("gradients", "activations", "logprobs", "gathered for update")
 def estimate(
     config, *, ranks: int, rows: int, prompt_tokens: int, completion_tokens: int, micro_tokens: int,
     dtype: torch.dtype = torch.bfloat16, reference: bool = True, checkpointing: bool = False,
-    cpu_offload: bool = False,
+    cpu_offload: bool = False, tp: int = 1,
 ) -> dict[str, float]:
     """Bytes on each GPU: the parts named above, and the totals `rollout`, `update` and `peak`.
 
     `config` is the model's. `ranks` is the number of GPUs that the weights are cut over, `rows` the
     number of sequences decoded at once, of at most prompt + completion tokens each, `micro_tokens`
-    the size of a micro-batch. Also returned are `row`, the bytes of one more row in a rollout, and
-    `parameters`, their number.
+    the size of a micro-batch. With `tp` > 1 a group of so many GPUs decodes the `rows` together.
+    Also returned are `row`, the bytes of one more row in a rollout, and `parameters`, their number.
     """
-    model = make_empty(config)
+    model, sampler = make_empty(config), config if tp == 1 else thin_config(config, tp)
     count = sum(p.numel() for p in model.parameters())
+    sampled = count if tp == 1 else sum(p.numel() for p in make_empty(sampler).parameters())
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.get_decoder().layers]
     block, root = blocks[0], count - sum(blocks)
     vocabulary, itemsize = config.get_text_config().vocab_size, dtype.itemsize
-    row_cache = (prompt_tokens + completion_tokens) * cache_bytes(config, dtype)
+    row_cache = (prompt_tokens + completion_tokens) * cache_bytes(sampler, dtype)
     row_sampling = SAMPLING_BYTES * vocabulary
     on_gpu = 0 if cpu_offload else 1
     # On one CPU rank nothing is gathered: the weights themselves are used.
@@ -144,7 +147,7 @@ def estimate(
         "gradients": on_gpu * 4 * count / ranks,
         "optimiser": on_gpu * 8 * count / ranks,
         "reference": on_gpu * itemsize * count / ranks if reference else 0,
-        "gathered for rollout": gathered * itemsize * count,
+        "gathered for rollout": gathered * itemsize * sampled,
         "KV cache": rows * row_cache,
         "sampling": rows * row_sampling,
         "activations": activation_bytes(config, micro_tokens, dtype, checkpointing),
@@ -167,11 +170,16 @@ def rows_that_fit(parts: dict[str, float], gib: float) -> int:
 def largest_model(parts: dict[str, float], gib: float) -> float:
     """Parameters up to which a model fits into `gib` GiB, with one row at a time.
 
-    A rollout holds the most per parameter: the shares of weights, AdamW and reference, and the
-    whole model in the dtype of the computation.
+    A rollout holds, per parameter, the shares of weights, AdamW and reference, and the model that
+    samples. An update holds gradients instead, and besides what grows with the root of a model's
+    size, about as its width does.
     """
-    held = sum(parts[name] for name in (*ALWAYS, "gathered for rollout")) / parts["parameters"]
-    return max(0.0, 0.9 * gib * GIB - parts["row"]) / held
+    room, always = 0.9 * gib * GIB, sum(parts[name] for name in ALWAYS)
+    rollout, update = always + parts["gathered for rollout"], always + parts["gradients"]
+    beside = parts["update"] - update
+    # The root x of the ratio to this model's size solves update x^2 + beside x = room.
+    root = 2 * room / (beside + math.sqrt(beside**2 + 4 * update * room))
+    return max(0.0, min((room - parts["row"]) / rollout, root**2)) * parts["parameters"]
 
 
 def advice(parts: dict[str, float], without: dict[str, float], rows: int, gib: float) -> str:
@@ -196,12 +204,12 @@ def advice(parts: dict[str, float], without: dict[str, float], rows: int, gib: f
 
 def dry_run(
     settings, facts: dict[str, object], *, micro_tokens: int, reference: bool = False,
-    rows: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0,
+    rows: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0, tp: int = 1,
 ):
     """Print settings, `facts` (name -> value) and a step's memory on each GPU, in bf16.
 
     WORLD_SIZE is the number of GPUs. `rows` sequences of at most prompt + completion tokens are
-    decoded at once; 0 means that there is no rollout.
+    decoded at once, by `tp` GPUs together; 0 means that there is no rollout.
     """
     for field in dataclasses.fields(settings):
         print0(f"--{field.name} {getattr(settings, field.name)!r}")
@@ -213,7 +221,7 @@ def dry_run(
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     options = dict(ranks=ranks, rows=rows, micro_tokens=micro_tokens, reference=reference)
     options |= dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-    options |= dict(cpu_offload=settings.cpu_offload)
+    options |= dict(cpu_offload=settings.cpu_offload, tp=tp)
     config = load_config(settings.model)
     parts = estimate(config, **options, checkpointing=settings.activation_checkpointing)
     print0(f"\nmemory per GPU (GiB), with the weights cut over {ranks}")
@@ -222,7 +230,8 @@ def dry_run(
             print0(f"  {name:34}{parts[name] / GIB:.1f}")
     print0(f"{'an update':36}{parts['update'] / GIB:.1f}")
     if rows:
-        print0(f"{f'a rollout of {rows} rows':36}{parts['rollout'] / GIB:.1f}, "
+        together = f" on {tp} GPUs" * (tp > 1)
+        print0(f"{f'a rollout of {rows} rows{together}':36}{parts['rollout'] / GIB:.1f}, "
                f"{parts['row'] / GIB:.2f} per row; rows that do not fit wait their turn")
         saving = estimate(config, **options, checkpointing=True)
         without = estimate(config, **options)
@@ -259,8 +268,8 @@ def dry_run_rl(config):
     prompt, completion = config.max_prompt_tokens, config.max_completion_tokens
     dry_run(
         config, facts, micro_tokens=max(config.tokens_per_micro_batch, prompt + completion),
-        reference=config.kl_coef > 0, rows=min(config.rollout_rows or per_rank, per_rank),
-        prompt_tokens=prompt, completion_tokens=completion,
+        reference=config.kl_coef > 0, prompt_tokens=prompt, completion_tokens=completion,
+        rows=min(config.rollout_rows or per_rank, per_rank) * config.tp, tp=config.tp,
     )
 
 

@@ -73,9 +73,10 @@ class Run:
     def unless_stopped(self, function, *args, **kwargs):
         """The function's result, or None if a stop signal comes first.
 
-        For work without collectives. Call leave_if_asked afterwards.
+        For work without collectives, or in the lockstep of --tp. Call leave_if_asked afterwards.
         """
-        return self.stop.unless_stopped(function, *args, **kwargs)
+        lockstep = getattr(self.config, "tp", 1) > 1
+        return self.stop.unless_stopped(function, *args, lockstep=lockstep, **kwargs)
 
     def write(self, file: str, records: list[dict]):
         """Add this step's records to a log (rank 0). `end_step` reports what the disk refuses."""

@@ -26,7 +26,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """Raised by a stop signal where `unless_stopped` allows it."""
+    """Raised by a stop signal where `unless_stopped` allows it, or by work in lockstep."""
 
 
 class StopSignal:
@@ -36,6 +36,7 @@ class StopSignal:
     """
 
     came = False  # to this process, at any time
+    heeded = False  # work in lockstep is running that asks, at each step, whether one came
 
     def __init__(self):
         self.number, self.interruptible = 0, False
@@ -65,14 +66,16 @@ class StopSignal:
             self.interruptible = False
             raise Interrupted
 
-    def unless_stopped(self, function, *args, **kwargs):
+    def unless_stopped(self, function, *args, lockstep: bool = False, **kwargs):
         """The function's result, or None if a signal comes first.
 
-        For work without collectives whose result can be dropped.
+        For work whose result can be dropped. It has no collectives, or is in `lockstep`: then no
+        signal may leave other ranks alone in a collective. The function itself raises Interrupted,
+        on all ranks at the same step (plumbing/thin.py).
         """
         try:
-            self.interruptible = True
-            if self.number:
+            self.interruptible, StopSignal.heeded = not lockstep, lockstep
+            if self.number and not lockstep:
                 return None
             result = function(*args, **kwargs)
             self.interruptible = False
@@ -80,7 +83,7 @@ class StopSignal:
         except Interrupted:
             return None
         finally:
-            self.interruptible = False
+            self.interruptible = StopSignal.heeded = False
 
     def agreed(self, device) -> int:
         """The number of a signal that any rank has seen, or 0: the same on all. A collective."""

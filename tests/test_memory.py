@@ -46,13 +46,18 @@ def test_the_table_of_the_recipes_is_what_the_command_prints(monkeypatch):
 
 
 def test_advice_by_hand():
-    """A model of 10 parameters of 0.1 GiB each: 2 + 4 + 1 for the update's sake, 5 gathered."""
-    parts = dict(weights=2, optimiser=4, reference=1, row=0.5)
+    """A model of 10 parameters of 0.1 GiB each: 2 + 4 + 1 for the update's sake, 5 gathered.
+
+    An update has 8, with gradients, and 7 besides.
+    """
+    parts = dict(weights=2, optimiser=4, reference=1, gradients=1, row=0.5)
     parts |= {"gathered for rollout": 5, "KV cache": 8, "sampling": 2, "rollout": 22, "update": 15}
     parts = {name: size * GIB for name, size in parts.items()} | {"parameters": 10}
     without = {"update": 40 * GIB}
-    # 0.9 x 20 - 12 = 6 GiB for rows of 0.5: 12 of 20, two waves. (18 - 0.5) / 1.2 parameters fit.
-    assert largest_model(parts, 20) == pytest.approx(17.5 / 1.2)
+    # 0.9 x 20 - 12 = 6 GiB for rows of 0.5: 12 of 20, two waves. Of 45 GiB, (45 - 0.5) / 1.2
+    # parameters fit. Of 18 GiB the update allows fewer: 8 x^2 + 7 x = 18 for x = 9 / 8.
+    assert largest_model(parts, 50) == pytest.approx(44.5 / 1.2)
+    assert largest_model(parts, 20) == pytest.approx(10 * (9 / 8) ** 2)
     assert advice(parts, without, 20, 20).startswith(
         "on 20 GiB: 2 waves of up to 12 rows; --activation_checkpointing is needed; models up to"
     )
