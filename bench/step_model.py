@@ -11,7 +11,6 @@ plumbing/balance.py. The constants are chosen, not measured. So a second printed
 that may be off by a third. Not counted are held-out evaluations and saves.
 """
 
-import copy
 import dataclasses
 import functools
 import json
@@ -38,6 +37,7 @@ from plumbing.attention import micro_batches, pack
 from plumbing.flags import parse_config
 from plumbing.memory import estimate, make_empty
 from plumbing.ranks import require
+from plumbing.thin import SIZES, thin_config
 from plumbing.weights import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,14 +139,9 @@ def load_shape(name: str):
 
 def thin(config, tp: int):
     """The config of one of `tp` ranks in a rollout: 1 / tp of the heads and of the MLP's width."""
-    if tp == 1:
-        return config
-    config, width = copy.deepcopy(config), config.hidden_size // config.num_attention_heads
-    config.head_dim = getattr(config, "head_dim", None) or width
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        require(getattr(config, name) % tp == 0, f"--tp {tp} does not divide {name}: lower it")
-        setattr(config, name, getattr(config, name) // tp)
-    return config
+    whole_parts = all(getattr(config, name) % tp == 0 for name in SIZES)
+    require(whole_parts, f"--tp {tp} does not divide {', '.join(SIZES)}: lower it")
+    return thin_config(config, tp) if tp > 1 else config
 
 
 def parameters(config) -> int:

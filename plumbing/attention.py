@@ -236,11 +236,11 @@ def micro_batches(
 
     A row longer than `tokens` gets a micro-batch of its own. A forward of a sharded model is a
     collective. So every rank gets equally many micro-batches, empty ones at the end, or the
-    backward pass would hang.
+    backward pass would hang. Each waits for the slowest rank's, so the largest come first on all.
     """
     # Sorted by ids, rows that share a beginning become neighbours. Without sharing, sort by length.
     key = lambda i: sequences[i] if share else -len(sequences[i])
-    batches, room = [], -1
+    batches, sizes, room = [], [], -1
     for i in sorted(range(len(sequences)), key=key):
         new = len(sequences[i])
         if share and batches:
@@ -248,7 +248,11 @@ def micro_batches(
             new -= shared_beginning(before, np.asarray(sequences[i]))
         if new > room:
             batches.append([])
+            sizes.append(0)
             new, room = len(sequences[i]), tokens
         batches[-1].append(i)
+        sizes[-1] += new
         room -= new
-    return batches + [[]] * (all_max(len(batches), device) - len(batches))
+    order = sorted(range(len(batches)), key=lambda b: -sizes[b])
+    missing = all_max(len(batches), device) - len(batches)
+    return [batches[b] for b in order] + [[]] * missing

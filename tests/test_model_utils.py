@@ -158,9 +158,11 @@ def test_micro_batches_hold_every_row_once_within_the_budget(share):
     rows = [[9] * n for n in (3, 50, 7, 7, 120, 1, 30, 30)] + [[1, 2, i] * 20 for i in range(9)]
     parts = micro_batches(rows, 100, CPU, share)
     assert sorted(sum(parts, [])) == list(range(17))
-    for part in parts:
-        tokens = len(pack([rows[i] for i in part], [1] * len(part), CPU, share).ids)
-        assert tokens <= 100 or len(part) == 1
+    size = lambda part: len(pack([rows[i] for i in part], [1] * len(part), CPU, share).ids)
+    sizes = [size(part) for part in parts]
+    assert all(tokens <= 100 or len(part) == 1 for tokens, part in zip(sizes, parts))
+    # On every rank the largest come first, so that they meet other ranks' largest.
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 120
     assert micro_batches([], 100, CPU, share) == []
 
 
