@@ -11,14 +11,14 @@
     records     JSONL files of results that survive an interruption
     memory      the memory that a step needs (--dry_run)
     weights     models on disk, read so that no rank holds all of one
-    family      is a model of a family that is computed rightly here
+    family      does training compute what the model itself computes
     kernels     fewer, larger GPU kernels
     thin        rollouts on a thinner model, whose ranks go in step (--tp)
     balance     questions move between ranks, so that all train on about as many tokens
     attention   attention for packed sequences, prompts and decoded tokens
     decoder     KV cache, prefill, decode steps, CUDA graphs
     answers     is an answer right, can a gold be graded, does a plan give the answer away
-    undone      answers that restate the question instead of working it out
+    undone      which operations an expression leaves undone
     votes       maj@n: which answers are equal
     plans       how much a plan decides, and what that says about m and z
     grader      math-verify in bounded worker processes
