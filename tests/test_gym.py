@@ -12,15 +12,15 @@ from rewards import build_completion, parse_completion
 
 # Entries as the package writes them.
 PENCILS = {
-    "question": "A shop has 1,200 pencils and 30 boxes of 12 pens. It sells 200 pencils, and 2 more "
-    "arrive. How many pencils and pens are there?" + gym.SUFFIX,
+    "question": "A shop has 1,200 pencils and 30 boxes of 12 pens. It sells 200 pencils, and 2 "
+    "more arrive. How many pencils and pens are there?" + gym.SUFFIX,
     "answer": "1362",
     "metadata": {
         "answer_cot": "It has 30 boxes x 12 pens/box = 360 pens.\nAfter sales, $1,200 - 200 = 1000 "
         "pencils remain, and then 1000 + 2 = 1002.\nIn all: 360 pens + 1,002 pencils = 1362 items."
         "\n#### 1362",
-        "variables": {"name": "A", "pencils": 1200, "num_boxes": 30, "pens_per_box": 12, "sold": 200,
-                      "amount1": 2, "total": 1362},
+        "variables": {"name": "A", "pencils": 1200, "num_boxes": 30, "pens_per_box": 12,
+                      "sold": 200, "amount1": 2, "total": 1362},
     },
 }  # fmt: skip
 
@@ -93,8 +93,10 @@ def test_values(terms, value):
 
 
 def test_names():
-    named = {"time_per_batch": "time per batch", "price2": "second price", "num_girls": "girls",
-             "hobby1_count": "first hobby count", "n1": "", "mult1": "first multiplier"}  # fmt: skip
+    named = {
+        "time_per_batch": "time per batch", "price2": "second price", "num_girls": "girls",
+        "hobby1_count": "first hobby count", "n1": "", "mult1": "first multiplier",
+    }  # fmt: skip
     assert {name: gym.name_of(name) for name in named} == named
 
 
