@@ -20,8 +20,8 @@ GPUS=${GPUS:-1}  # processes; with one, no torchrun
 case "$SIZE" in
     small)
         SFT_RECORDS=600 QUESTIONS=4 STEPS=${STEPS:-30} MICRO=2500 SAVE=5 minutes=(13 20 2 4 4)
-        data=(--train 2000 --test 300) sft=(--epochs 1 --lr 5e-5 --batch_size 16 --warmup_steps 4)
-        rl=(--lr 1e-5 --warmup_steps 3 --eval_every 0)
+        data=(--train 2000 --test 300) sft=(--epochs 1 --lr 1e-4 --batch_size 16 --warmup_steps 4)
+        rl=(--lr 2e-5 --warmup_steps 3 --eval_every 0)
         TEST=(--n 2) BASE=(--n 1 --limit 60) PLANS=(--n 16 --limit 40)
         ;;
     large)
