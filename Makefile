@@ -1,10 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench study clean
+.PHONY: demo smollm2 test bench study clean
 
 demo: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+smollm2: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -r recipes/requirements.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/smollm2_135m.sh
 
 test: .venv/ready
 	$(BIN)/ruff check --quiet --config tests/ruff.toml .

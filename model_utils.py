@@ -166,13 +166,13 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
     """Load a model and shard it as the TrainingFlags in `config` say. A collective.
 
     No rank ever holds the whole model: it is made without storage, cut, and then each rank reads
-    its own rows. `frozen` makes a reference: no gradients, and on a GPU bf16, in which the policy
-    (with weights in fp32) computes there, too. Raises SystemExit for a family that `check_family`
+    its own rows. `frozen` makes a reference: no gradients, and weights in the dtype in which the
+    policy (with weights in fp32) computes, too. Raises SystemExit for a family that `check_family`
     refuses.
     """
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if frozen and on_gpu else torch.float32
-    names = ("shard_within", "activation_checkpointing", "cpu_offload")
+    dtype = compute_dtype(config.dtype, device) if frozen else torch.float32
+    names = ("dtype", "shard_within", "activation_checkpointing", "cpu_offload")
     options = {name: getattr(config, name) for name in names}
     if not dist.is_initialized():
         model = shard_model(load_model(path, device, dtype), device, **options)
@@ -185,16 +185,22 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
     return model
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What --dtype means on this device. Most CPUs have no bf16 units, and emulate it slowly."""
+    bf16 = name == "bf16" or name == "auto" and device.type == "cuda"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def shard_model(
-    model, device: torch.device | None = None, *, shard_within: str = "world",
+    model, device: torch.device | None = None, *, dtype: str = "auto", shard_within: str = "world",
     activation_checkpointing: bool = False, cpu_offload: bool = False,
 ):
-    """FSDP2: every block and the root; bf16 compute on GPUs, fp32 weights and gradient reduction.
+    """FSDP2: every block and the root; weights and gradient reduction in fp32.
 
-    `shard_within` "world" cuts the weights over all ranks, "node" over those of a node (HSDP).
-    `activation_checkpointing` keeps only each block's input and recomputes the block in the
-    backward pass. `cpu_offload` keeps weights, gradients and optimiser state in CPU memory.
-    Without a process group the model stays whole.
+    `dtype` is --dtype. `shard_within` "world" cuts the weights over all ranks, "node" over those of
+    a node (HSDP). `activation_checkpointing` keeps only each block's input and recomputes the block
+    in the backward pass. `cpu_offload` keeps weights, gradients and optimiser state in CPU memory.
+    Without a process group the model stays whole, and computes in its own dtype.
     """
     device = device or model.device
     use_attention(model).token_logprobs = types.MethodType(token_logprobs, model)
@@ -207,14 +213,14 @@ def shard_model(
         return model
     from torch.distributed import fsdp
 
-    on_gpu, options = device.type == "cuda", {"mesh": device_mesh(device, shard_within)}
-    if on_gpu:
+    options = {"mesh": device_mesh(device, shard_within)}
+    if compute_dtype(dtype, device) == torch.bfloat16:
         # Do not cast inputs: they are bf16, and casting hands each block its own copy of `packed`.
         options["mp_policy"] = fsdp.MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
     if cpu_offload:
-        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=on_gpu)
+        options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in blocks:
         fsdp.fully_shard(block, **options)
     fsdp.fully_shard(model, **options)  # the root: tied embeddings must be in one group

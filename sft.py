@@ -104,9 +104,10 @@ def sft_loss(model, rows: list[tuple[list[int], int]], config: Config, train: bo
     mine = rows[rank()::world_size()]
     sequences, prompts = [ids for ids, _ in mine], [prompt for _, prompt in mine]
     limit = config.tokens_per_micro_batch
-    for part in micro_batches(sequences, limit, model.compute_device, share=False):
+    # All records begin with the instruction, so sharing beginnings pays for short ones.
+    for part in micro_batches(sequences, limit, model.compute_device):
         chosen = [sequences[i] for i in part]
-        packed = pack(chosen, [prompts[i] for i in part], model.compute_device, share=False)
+        packed = pack(chosen, [prompts[i] for i in part], model.compute_device)
         with torch.set_grad_enabled(train):
             logprobs, _ = model.token_logprobs(packed)  # (B, T-1)
             loss = -logprobs.sum() / tokens

@@ -21,6 +21,7 @@ class TrainingFlags:
     weight_decay: float = 0.01  # AdamW, matrices only
     max_grad_norm: float = 1.0  # gradient-norm clip; inf: none (> 0)
     tokens_per_micro_batch: int = 16384  # per forward; shared beginnings count once (>= 1)
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # to compute in; auto: bf16 on GPUs, else fp32
     activation_checkpointing: bool = True  # less memory for activations, a third more computing
     cpu_offload: bool = False  # weights, gradients and optimiser state in CPU memory
     shard_within: Literal["world", "node"] = "world"  # cut weights over all ranks, or a node's

@@ -66,20 +66,20 @@ def has_gpu() -> bool:
     return False
 
 
-def init_distributed(device: str = "auto") -> torch.device:
+def init_distributed(device: str = "auto", alone: bool = False) -> torch.device:
     """Join the process group that torchrun describes, and return this rank's device.
 
     The group uses nccl on GPUs and gloo on CPUs. A single GPU gets a group of one, so that it runs
-    the same FSDP2 code as eight. A single CPU gets none.
+    the same FSDP2 code as eight. A single CPU gets none, unless `alone` asks for a group of one.
     """
     cuda = has_gpu() if device == "auto" else device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # cuDNN's attention makes a plan per shape, and packed batches keep changing shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if not dist.is_initialized() and (cuda or "RANK" in os.environ):
-        alone = "RANK" not in os.environ
-        group = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
+    torchrun = "RANK" in os.environ
+    if not dist.is_initialized() and (cuda or alone or torchrun):
+        group = {} if torchrun else dict(store=dist.HashStore(), rank=0, world_size=1)
         backend = "cuda:nccl,cpu:gloo" if cuda else "gloo"
         # A rank waits for the one with the longest rollout: ten minutes, the default, are too few.
         dist.init_process_group(backend, timeout=timedelta(hours=1), **group)

@@ -36,7 +36,8 @@ class Run:
         Nothing is removed yet.
         """
         self.config, self.folder = config, check_run(config)
-        self.device = init_distributed()
+        # FSDP2 keeps weights in fp32 and computes in bf16: a single CPU needs a group for it, too.
+        self.device = init_distributed(alone=config.dtype == "bf16")
         hold(self.folder / LOCK)
         self.stop = StopSignal()
         self.lost: list[str] = []  # log lines that the disk did not take in this step

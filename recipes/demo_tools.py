@@ -79,16 +79,16 @@ def show_table(rows: list[dict]):
         )
 
 
-def comparison_sentence(row: dict) -> str:
-    """Say how PTA-GRPO did beside GRPO. `row` is a row of eval.compare: PTA-GRPO minus GRPO."""
+def comparison_sentence(row: dict, name: str = "PTA-GRPO", other: str = "GRPO") -> str:
+    """Say how one method did beside another. `row` is a row of eval.compare: `name` - `other`."""
     points, low, high = (100 * row[name] for name in ("delta", "ci_low", "ci_high"))
     size, chance = f"{abs(points):.1f}", ", which may be chance" if row["p"] >= 0.05 else ""
-    result = f"{size} points {'above' if points > 0 else 'below'} GRPO"
+    result = f"{size} points {'above' if points > 0 else 'below'} {other}"
     if size == "0.0":
-        result, chance = "level with GRPO", ""
+        result, chance = f"level with {other}", ""
     p = "p < 0.0001" if row["p"] < 1e-4 else f"p {row['p']:.2g}"
     interval = f"paired 95 % interval {low:+z.1f} to {high:+z.1f}, {p}"
-    return f"PTA-GRPO is {result} ({interval}){chance}: one run, one seed."
+    return f"{name} is {result} ({interval}){chance}: one run, one seed."
 
 
 def tokens_sentence(run: Path) -> str:

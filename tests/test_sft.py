@@ -28,10 +28,14 @@ def test_everything_after_the_prompt_is_supervised_and_the_end_of_turn_is_last()
     assert tokenizer.decode(ids[prompt:]).startswith("<think> A = 4 </think>")
 
 
-def test_loss_and_gradient_equal_a_plain_loop_at_any_micro_batch_size():
-    rows = [([5, 9, 13, 2, 44], 2), ([8, 1, 3], 1), ([7] * 9, 8)]
+def test_loss_and_gradient_equal_a_plain_loop_at_any_micro_batch_size(monkeypatch):
+    """The fourth row shares two prompt tokens with the first, and two supervised ones."""
+    rows = [([5, 9, 13, 2, 44], 2), ([8, 1, 3], 1), ([7] * 9, 8), ([5, 9, 13, 2, 6, 3], 2)]
     total = count_tokens(rows)
-    assert total == 3 + 2 + 1
+    assert total == 3 + 2 + 1 + 4
+    computed, pack = [], sft.pack
+    count = lambda packed: computed.append(len(packed.ids)) or packed
+    monkeypatch.setattr(sft, "pack", lambda *args: count(pack(*args)))
     plain, loss = make_tiny("qwen2"), 0.0
     for ids, prompt in rows:
         logits, targets = plain(torch.tensor([ids])).logits[0], torch.tensor(ids[prompt:])
@@ -44,6 +48,7 @@ def test_loss_and_gradient_equal_a_plain_loop_at_any_micro_batch_size():
         assert mean == pytest.approx(float(loss.detach()) / total, rel=1e-5)
         for name, parameter in model.named_parameters():
             assert torch.allclose(parameter.grad, expected[name].grad, atol=1e-5), name
+    assert computed[-1] == 5 + 3 + 9 + 2  # shared tokens once
 
 
 @pytest.fixture
