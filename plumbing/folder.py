@@ -40,12 +40,12 @@ RESULTS = "records.jsonl", "summary.json"  # what an evaluation writes beside it
 
 # These may change when a run goes on: --steps, what it writes down, and how its work is laid out on
 # machines. With a linear or cosine schedule, another --steps changes the rest of the schedule. How
-# many rows are decoded at once (--rollout_rows, free memory) and the number of ranks change which
-# samples are drawn, but not their distribution.
+# many rows are decoded at once (--rollout_rows, free memory), --tp and the number of ranks change
+# which samples are drawn, but not their distribution.
 FREE_SETTINGS = {
     "out", "overwrite", "resume", "steps", "save_every", "keep", "on_save_error", "eval_every",
     "show_every", "token_log_questions", "log", "max_skipped", "tokens_per_micro_batch",
-    "rollout_rows", "shard_within", "activation_checkpointing", "cpu_offload",
+    "rollout_rows", "tp", "shard_within", "activation_checkpointing", "cpu_offload",
 }
 
 

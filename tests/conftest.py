@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1 if os.environ.get("PYTEST_XDIST_WORKER") else 2)  # workers share the cores
 
 # Files that take longest begin first, so that workers end together (--no-loadscope-reorder).
-SLOW = """test_gpu test_smoke test_faults test_distributed test_families test_eval
+SLOW = """test_gpu test_smoke test_faults test_distributed test_thin test_families test_eval
 test_report""".split()
 FAMILIES = ["qwen2", "qwen3", "llama", "mistral", "gemma"]
 
