@@ -21,16 +21,19 @@ from plumbing.ranks import all_max
 def attention(
     layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
     scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-    packed: "Packed | None" = None, **ignored,
+    packed: "Packed | None" = None, extents: "Extents | None" = None, **ignored,
 ) -> tuple[torch.Tensor, None]:
     """What every attention layer of a model calls.
 
     query (B, heads, T, D), key and value (B, key heads, S, D) -> (B, T, heads, D). A decode step
-    brings its mask, which is added to the scores. A prefill is causal. A packed batch is laid out
-    as separate sequences inside this function only, so nothing else needs a mask or padding.
+    brings its mask, which is added to the scores, or `extents`, and then the keys and values of all
+    sequences (places, key heads, D). A prefill is causal. A packed batch is laid out as separate
+    sequences inside this function only, so nothing else needs a mask or padding.
     """
     if softcap is not None:
         raise NotImplementedError("attention scores with a cap (Gemma 2)")
+    if extents is not None:
+        return attend_split(query, key, value, extents, scaling), None
     grouped = getattr(layer, "num_key_value_groups", 1) > 1
     options = dict(scaling=scaling, window=sliding_window, grouped=grouped)
     if packed is None:
@@ -72,6 +75,61 @@ def attend(
     options = dict(attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
     return out.reshape(len(out), heads, queries, -1).transpose(1, 2)  # (B, T, heads, D)
+
+
+@dataclasses.dataclass
+class Extents:
+    """Where the keys of B decoding rows lie among a layer's places: as the split-KV kernel asks."""
+
+    queries: torch.Tensor  # (B + 1,) int32: where each row's queries begin, of which it has one
+    starts: torch.Tensor  # (B + 1,) int32: where its keys begin, in any order; the last is unused
+    lengths: torch.Tensor  # (B,) int32: how many it has
+    longest: int  # none has more
+
+    @classmethod
+    def of(cls, starts: torch.Tensor, lengths: torch.Tensor, longest: int) -> "Extents":
+        """Of starts and lengths (B,): made once per decode step, for all layers."""
+        queries = torch.arange(len(starts) + 1, dtype=torch.int32, device=starts.device)
+        starts = torch.nn.functional.pad(starts.int(), (0, 1))
+        return cls(queries, starts, lengths.int(), longest)
+
+
+def attend_split(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, extents: Extents,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of one query per row to its own keys, by several blocks per row (split-KV).
+
+    query (B, heads, 1, D), key and value (places, key heads, D) -> (B, 1, heads, D).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    # About two blocks for each of 132 multiprocessors. The kernel's own choice has given NaN, and
+    # one split would take its tile for prompts (pytorch/torchtitan issue 3235).
+    splits = min(8, max(2, math.ceil(2 * 132 / (len(query) * key.shape[1]))))
+    out = varlen_attn(
+        query[:, :, 0], key, value, extents.queries, extents.starts, 1, extents.longest,
+        scale=scaling, enable_gqa=True, seqused_k=extents.lengths, num_splits=splits,
+    )
+    return out[:, None]
+
+
+def may_split(model) -> bool:
+    """Whether decode steps may use `attend_split`: not if the kernel must refuse, or be wrong.
+
+    It is for bf16 on CUDA, with heads that are as wide in values as in keys: a multiple of 8, and
+    at most 256. Without grouped heads, or with a window, it would not split. `model.split_kv` is
+    False where it was tried and failed.
+    """
+    if model.device.type != "cuda":
+        return False
+    config = model.config.get_text_config()
+    heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
+    width = width or config.hidden_size // heads
+    grouped = (getattr(config, "num_key_value_heads", None) or heads) < heads
+    window = getattr(config, "sliding_window", None) or getattr(config, "qk_nope_head_dim", None)
+    fits = grouped and not window and width % 8 == 0 and width <= 256
+    return fits and getattr(model, "split_kv", True)
 
 
 def use_attention(model):

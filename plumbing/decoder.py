@@ -1,7 +1,8 @@
 """Decoding with a KV cache, one token per row and step. The loop that calls it is grpo.decode.
 
 The cache has slots, one per active sequence. On a GPU a decode step is a replayed CUDA graph, so
-the speed of Python does not matter.
+the speed of Python does not matter. There, most models attend by split-KV: each row reads the keys
+of its own sequence. Elsewhere a row reads as many as the longest has, under a mask.
 
 Shapes: B active sequences, T tokens of a prompt, V vocabulary, D width of a head.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from plumbing.attention import Extents, may_split
 from plumbing.ranks import fail, print0, rank
 
 PREFILL_TOKENS = 2**14  # prompts are prefilled in batches of at most this many tokens, 32 rows
@@ -42,6 +44,8 @@ class Decoder:
         branches = max(len(s.limits) for s in sequences)
         rows = sum(len(s.limits) for s in sequences)
         rows = min(rows, max(max_rows or rows, branches))
+        if may_split(model) and not hasattr(model, "split_kv"):
+            try_split(model, sequences)
         self.cache = reserve_cache(model, rows, longest, branches)
         self.slots = min(self.cache.slots, rows)
 
@@ -62,9 +66,13 @@ class Decoder:
 
     def step(self, active: list) -> torch.Tensor:
         """Feed each active sequence's last token. Returns the logits of the next ones (B, V)."""
+        return decode_step(self.model, self.cache, *self.next_step(active))
+
+    def next_step(self, active: list) -> tuple[list[int], ...]:
+        """Of each active sequence: its last token, that token's position, its first place."""
         last = [s.ids[-1] if s.ids else s.prompt[-1] for s in active]
-        self.positions = [len(s.prompt) + len(s.ids) - 1 for s in active]
-        return decode_step(self.model, self.cache, last, self.positions)
+        positions = [len(s.prompt) + len(s.ids) - 1 for s in active]
+        return last, positions, [self.cache.place(s.slot) for s in active]
 
     def keep(self, alive: list) -> list:
         """Move the sequences that go on into slots 0..B-1. Returns them in the order of slots.
@@ -79,7 +87,10 @@ class Decoder:
         free = [slot for slot in range(len(alive)) if slot not in staying]
         movers = [s for s in owners if s.slot >= len(alive)] + branches
         if movers:
-            self.cache.copy([s.slot for s in movers], free, max(self.positions) + 1)
+            self.cache.copy([
+                (self.cache.place(s.slot), self.cache.place(slot), len(s.prompt) + len(s.ids) - 1)
+                for s, slot in zip(movers, free)
+            ])
             for s, slot in zip(movers, free):
                 s.slot = slot
         return sorted(alive, key=lambda s: s.slot)
@@ -92,55 +103,118 @@ def prefill(model, cache: "KVCache", sequences: list):
     """
     first = {id(s.prompt): s for s in reversed(sequences)}
     todo = sorted((s for s in first.values() if len(s.prompt) > 1), key=lambda s: len(s.prompt))
-    longest = len(todo[-1].prompt) if todo else 0
     while todo:  # the longest first, as many at a time as their padded tokens allow
         count = max(1, min(32, PREFILL_TOKENS // len(todo[-1].prompt)))
         batch, todo = todo[-count:], todo[:-count]
-        # Pad on the right: what is beyond a prompt's end is never seen, and later overwritten.
+        # Pad on the right: what is beyond a prompt's end is never seen.
         width = len(batch[-1].prompt) - 1
         padded = [s.prompt[:-1] + [0] * (width - len(s.prompt) + 1) for s in batch]
-        cache.write_prompts(torch.tensor([s.slot for s in batch], device=model.device))
+        cache.write_prompts([(cache.place(s.slot), len(s.prompt) - 1) for s in batch], model.device)
         model(
             input_ids=torch.tensor(padded, device=model.device),
             position_ids=torch.arange(width, device=model.device)[None],
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         )
-    others = [s for s in sequences if s is not first[id(s.prompt)]]
-    if others and longest:
-        sources = [first[id(s.prompt)].slot for s in others]
-        cache.copy(sources, [s.slot for s in others], longest - 1)
+    cache.copy([
+        (cache.place(first[id(s.prompt)].slot), cache.place(s.slot), len(s.prompt) - 1)
+        for s in sequences if s is not first[id(s.prompt)]
+    ])
 
 
 # --------------------------------------------------------------------------------------------------
 # One decode step, eager or as a replayed CUDA graph
 
 
-def decode_step(model, cache: "KVCache", ids: list[int], positions: list[int]) -> torch.Tensor:
+def decode_step(
+    model, cache: "KVCache", ids: list[int], positions: list[int], starts: list[int]
+) -> torch.Tensor:
     """Feed one token per row, each at its own position. Returns the next tokens' logits (B, V).
 
-    A CUDA graph is used on a GPU, unless `model.cuda_graphs` is False.
+    starts: the first place of each row's keys in the cache. A CUDA graph is used on a GPU, unless
+    `model.cuda_graphs` is False.
     """
     replayed = model.device.type == "cuda" and getattr(model, "cuda_graphs", True)
     step = replay_step if replayed else forward_step
-    tensor = lambda values: torch.tensor(values, device=model.device)
-    return step(model, cache, tensor(ids), tensor(positions), max(positions) + 1)
+    inputs = torch.tensor([ids, positions, starts], device=model.device)
+    return step(model, cache, inputs, max(positions) + 1)
 
 
-def forward_step(
-    model, cache: "KVCache", ids: torch.Tensor, positions: torch.Tensor, filled: int
-) -> torch.Tensor:
-    """A decode step of slots 0..B-1: ids and positions (B,) -> logits (B, V).
+def forward_step(model, cache: "KVCache", inputs: torch.Tensor, filled: int) -> torch.Tensor:
+    """A decode step. inputs (3, B): ids, positions, starts -> logits (B, V).
 
-    Attention reads the first `filled` positions of the cache.
+    No row has more than `filled` keys. Without split-KV the rows are slots 0..B-1, and attention
+    reads that many of each.
     """
-    cache.write_tokens(positions, filled)
-    # Added to the scores: 0 where a row may look, -inf beyond its own position. (B, filled)
-    beyond = torch.arange(filled, device=ids.device) > positions[:, None]
-    mask = torch.zeros(len(ids), filled, dtype=model.dtype, device=ids.device)
-    mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]
-    options = dict(attention_mask=mask, past_key_values=cache, use_cache=True)
+    ids, positions, starts = inputs
+    cache.write_tokens(starts, positions, filled)
+    if cache.split:
+        options = dict(extents=Extents.of(starts, positions + 1, filled))
+    else:
+        # Added to the scores: 0 where a row may look, -inf beyond its own position. (B, filled)
+        beyond = torch.arange(filled, device=ids.device) > positions[:, None]
+        mask = torch.zeros(len(ids), filled, dtype=model.dtype, device=ids.device)
+        options = dict(attention_mask=mask.masked_fill_(beyond, -math.inf)[:, None, None])
+    options |= dict(past_key_values=cache, use_cache=True)
     output = model(input_ids=ids[:, None], position_ids=positions[:, None], **options)
     return output.logits[:, -1]
+
+
+def try_split(model, sequences: list):
+    """Set `model.split_kv`: whether split-KV and masked attention give the same logits.
+
+    Both do a decode step of the first prompts, in small caches. A kernel that is missing, or
+    refuses, or is wrong on this GPU, costs speed and a message, but no run.
+    """
+    some, steps, failure = sequences[:32], [], None
+    longest = max(len(s.prompt) for s in some)
+    for split in (False, True):
+        cache = KVCache(len(some), longest, split)
+        for slot, s in enumerate(some):
+            s.slot = slot
+        prefill(model, cache, some)
+        step = [(s.prompt[-1], len(s.prompt) - 1, cache.place(s.slot)) for s in some]
+        steps.append((cache, torch.tensor(step, device=model.device).T))
+    (masked, inputs), (split, split_inputs) = steps
+    # Few rows get 8 splits, and many get 2: some stand for 72. They may share a sequence.
+    rows = torch.arange(72, device=model.device) % len(some)
+    expected = forward_step(model, masked, inputs, longest)[rows]
+    finite = is_finite(expected)
+    try:
+        # A short reach cuts within the rows, and a long one mostly beyond them.
+        for count, reach in ((8, longest), (72, longest), (8, 4096), (72, 4096)):
+            logits = forward_step(model, split, split_inputs[:, rows[:count]], reach)
+            if finite and differs(logits, expected[:count]):
+                failure = "its result differs"
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:  # an older torch, or GPU
+        failure = str(error).splitlines()[0]
+    if failure:
+        message = f"rank {rank()} decodes without split-KV attention, which is slower: {failure}"
+        print(message, flush=True)
+    if failure or finite:  # or else nothing was compared, and the next rollout tries again
+        model.split_kv = failure is None
+
+
+def differs(logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether any row's logits (B, V) are others than expected, by more than bf16's rounding.
+
+    Where another kernel is chosen the last digits differ. Wrong inputs differ by far more.
+    """
+    spread = (expected.float() - expected.float().mean(-1, keepdim=True)).norm(dim=-1)
+    distance = (logits.float() - expected.float()).norm(dim=-1)
+    return not bool((distance <= 0.1 * spread).all())  # also where the logits are NaN
+
+
+def is_finite(logits: torch.Tensor) -> bool:
+    """Whether the logits are finite. If not, no kernel is to blame: the model is broken."""
+    finite = bool(logits.isfinite().all())
+    if not finite:
+        print(
+            f"rank {rank()} decodes with a model whose logits are not finite: its weights have "
+            "diverged, so lower --lr or start from an earlier checkpoint", flush=True
+        )
+    return finite
 
 
 @contextlib.contextmanager
@@ -157,55 +231,52 @@ def captured(graph, pool):
 
 
 def replay_step(
-    model, cache: "KVCache", ids: torch.Tensor, positions: torch.Tensor, filled: int,
+    model, cache: "KVCache", inputs: torch.Tensor, filled: int,
     graph=torch.cuda.CUDAGraph, capture=captured,
 ) -> torch.Tensor:
-    """`forward_step` by replay: ids and positions (B,) -> logits (B, V).
+    """`forward_step` by replay: inputs (3, B) -> logits (B, V).
 
-    There is one graph per bucket of rows (powers of 2) and of length (256 positions). It is
-    captured when it is first needed. Where that fails the rank says so and stays eager for good.
+    There is one graph per bucket of rows (powers of 2) and, without split-KV, of length (256
+    positions). It is captured when it is first needed. Where that fails the rank says so and stays
+    eager for good.
     """
-    rows = min(cache.slots, max(8, 1 << (len(ids) - 1).bit_length()))
-    length = min(cache.length, -(-filled // 256) * 256)
-    # The rows that fill up the bucket write to slots that no sequence has.
-    pad = torch.nn.functional.pad
-    inputs = pad(ids, (0, rows - len(ids))), pad(positions, (0, rows - len(ids)))
+    count = inputs.shape[1]
+    rows = min(cache.slots, max(8, 1 << (count - 1).bit_length()))
+    length = cache.length if cache.split else min(cache.length, -(-filled // 256) * 256)
+    # The rows that fill up the bucket have place 0, which no sequence has.
+    inputs = torch.nn.functional.pad(inputs, (0, rows - count))
     if (rows, length) not in cache.graphs:
-        expected = forward_step(model, cache, *inputs, length)  # also the warm-up of a capture
-        if failure := record_step(model, cache, *inputs, length, expected, graph, capture):
+        expected = forward_step(model, cache, inputs, length)  # also the warm-up of a capture
+        if failure := record_step(model, cache, inputs, length, expected, graph, capture):
             # Every rank speaks for itself: the others will wait for a slow one.
             message = f"rank {rank()} decodes without CUDA graphs, which is slower: {failure}"
             print(message, flush=True)
             model.cuda_graphs = False
-            return expected[:len(ids)]
+            return expected[:count]
     recorded, graph_inputs = cache.graphs[rows, length]
-    for graph_input, value in zip(graph_inputs, inputs):
-        graph_input.copy_(value)
+    graph_inputs.copy_(inputs)
     recorded.replay()
-    return cache.logits[:len(ids)]
+    return cache.logits[:count]
 
 
 def record_step(
-    model, cache: "KVCache", ids: torch.Tensor, positions: torch.Tensor, length: int,
-    expected: torch.Tensor, graph, capture,
+    model, cache: "KVCache", inputs: torch.Tensor, length: int, expected: torch.Tensor,
+    graph, capture,
 ) -> str | None:
     """Capture `forward_step`, replay it once, and keep it in `cache.graphs` if that was right.
 
     `expected`: logits of the eager step (B, V). Returns why it failed, or None.
     """
-    rows, inputs, recorded = len(ids), (ids.clone(), positions.clone()), graph()
+    rows, inputs, recorded = len(expected), inputs.clone(), graph()
     if cache.logits is None:
         cache.logits = expected.new_empty(cache.slots, expected.shape[1])
     try:
         # Graphs are replayed one at a time, so all share a memory pool and write the same logits.
         with capture(recorded, pool=cache.pool):
-            cache.logits[:rows] = forward_step(model, cache, *inputs, length)
+            cache.logits[:rows] = forward_step(model, cache, inputs, length)
         cache.pool = cache.pool or recorded.pool()
         recorded.replay()
-        # Where another kernel is chosen, the last digits of bf16 may differ. Wrong inputs differ
-        # by far more.
-        difference = (cache.logits[:rows] - expected).abs().max()
-        if not difference <= 0.02 * expected.abs().max():
+        if is_finite(expected) and differs(cache.logits[:rows], expected):
             return "its result differs"
     except torch.OutOfMemoryError:  # a RuntimeError too
         raise
@@ -230,42 +301,71 @@ def without_autograd(function):
 
 
 class KVCache:
-    """Keys and values of up to `slots` sequences, per layer (slots, heads, length, D).
+    """Keys and values of sequences: of each layer, `slots` times `length` places for a token each.
 
-    It has the few methods that transformers' models call on a cache. Each sequence fills its slot
-    from position 0, and needs no padding between prompt and completion: it writes at its own
-    position, and a mask hides what is beyond. A sequence moves or branches by a copy of its slot.
+    It has the few methods that transformers' models call on a cache. A sequence begins at some
+    place, and needs no padding between prompt and completion: it writes at its own position, and
+    sees nothing beyond. It moves or branches by a copy of its places.
+
+    Split-KV wants a layer's places in a row, (1 + slots * length, heads, D), and a sequence may
+    begin at any of them but 0, which takes what nobody needs. Masked attention reads slots 0..B-1,
+    and on a CPU up to 13 % faster if each head's places are neighbours. So then the memory is
+    (slots, heads, length, D); what we index is its view (slots, length, heads, D).
     """
 
-    def __init__(self, slots: int, length: int):
+    def __init__(self, slots: int, length: int, split: bool = False):
         self.slots, self.length = slots, length
+        self.split = split  # laid out for split-KV
         # Made at the first update, when shapes are known: keys and values of each layer.
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.at: tuple | None = None  # where the next forward writes, and what it sees
+        self.at, self.look = (), None  # where the next forward writes, and what it sees of a layer
         self.full = False  # as large as memory allows
         # Captured decode steps, the memory pool that they share, and the logits that they write.
         self.graphs, self.pool, self.logits = {}, None, None
 
-    def write_prompts(self, slots: torch.Tensor):
-        """The next forward is a prefill into `slots` (B,), from position 0."""
-        self.at = (slots, None, None)
+    def place(self, slot: int) -> int:
+        """The first place of a slot."""
+        return slot * self.length + self.split
 
-    def write_tokens(self, positions: torch.Tensor, filled: int):
-        """The next forward decodes one token for each of slots 0..B-1, at `positions` (B,).
+    def write_prompts(self, extents: list[tuple[int, int]], device):
+        """The next forward is a prefill of sequences: the first place of each, and its length."""
+        starts, lengths = torch.tensor(extents).T[:, :, None]
+        position = torch.arange(int(lengths.max()))
+        if self.split:  # the padding must not reach the neighbour
+            at = torch.where(position < lengths, starts + position, 0).to(device),
+        else:
+            at = (starts // self.length).to(device), position.to(device)
+        self.at, self.look = at, None
 
-        Attention sees the first `filled` positions.
+    def write_tokens(self, starts: torch.Tensor, positions: torch.Tensor, filled: int):
+        """The next forward decodes one token per row, at `positions` (B,) from `starts` (B,) on.
+
+        Attention gets whole layers for split-KV, else the first `filled` places of slots 0..B-1.
         """
-        self.at = (torch.arange(len(positions), device=positions.device), positions, filled)
+        if self.split:
+            self.at, self.look = (starts + positions,), lambda stored: stored
+        else:
+            rows = len(positions)
+            self.at = torch.arange(rows, device=positions.device), positions
+            self.look = lambda stored: stored[:rows, :filled].transpose(1, 2)
 
-    def copy(self, sources: list[int], targets: list[int], filled: int):
-        """Copy the first `filled` positions of slots `sources` to slots `targets`.
+    def copy(self, moves: list[tuple[int, int, int]]):
+        """Copy places: of each (source, target, count), `count` of them from the first on.
 
-        All are read before any is written.
+        All are read before any is written. The device gets the numbers once, not in each layer.
         """
+        if not (moves and self.layers):
+            return
+        sides, most = torch.tensor(moves).T[:2], max(count for _, _, count in moves)
+        if self.split:
+            rows = [torch.arange(count) for _, _, count in moves]
+            sides = torch.stack([torch.cat([*map(torch.add, side, rows)]) for side in sides])
+        else:  # whole slots are copied faster than places
+            sides = sides // self.length
+        sides = sides.to(self.layers[0][0].device)
+        source, target = ((side,) if self.split else (side, slice(most)) for side in sides)
         for tensor in (t for layer in self.layers for t in layer):
-            source = torch.tensor(sources, device=tensor.device)
-            target = torch.tensor(targets, device=tensor.device)
-            tensor[target, :, :filled] = tensor[source, :, :filled]
+            tensor[target] = tensor[source]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
         """Store new keys and values (B, heads, T, D) of a layer. Returns what to attend to.
@@ -273,17 +373,19 @@ class KVCache:
         Each attention layer calls it.
         """
         if layer == len(self.layers):
-            shape = lambda new: (self.slots, new.shape[1], self.length, new.shape[3])
-            self.layers.append(tuple(new.new_zeros(shape(new)) for new in (keys, values)))
-        slots, positions, filled = self.at
+            self.layers.append(tuple(map(self.allocate, (keys, values))))
         for stored, new in zip(self.layers[layer], (keys, values)):
-            if positions is None:
-                stored[slots, :, :new.shape[2]] = new
-            else:
-                stored[slots, :, positions] = new[:, :, 0]
-        if positions is None:
+            stored[self.at] = new.transpose(1, 2) if self.look is None else new[:, :, 0]
+        if self.look is None:
             return keys, values  # prompts attend to themselves only
-        return tuple(stored[:len(slots), :, :filled] for stored in self.layers[layer])
+        return tuple(map(self.look, self.layers[layer]))
+
+    def allocate(self, new: torch.Tensor) -> torch.Tensor:
+        """A layer's keys or values, empty, for ones like `new` (B, heads, T, D)."""
+        heads, width = new.shape[1], new.shape[3]
+        if self.split:
+            return new.new_zeros(1 + self.slots * self.length, heads, width)
+        return new.new_zeros(self.slots, heads, self.length, width).transpose(1, 2)
 
     # What transformers asks to build the causal mask of a prefill.
     is_compileable = False
@@ -355,6 +457,6 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
         waves = f"; {rows} rows run in waves" if slots < rows else ""
         print0(f"KV cache: {slots} rows x {length} tokens = {size}{waves}")
     model.kv_cache_shape = slots, length
-    model.kv_cache = KVCache(slots, length)
+    model.kv_cache = KVCache(slots, length, may_split(model))
     model.kv_cache.full = slots < rows  # more rows would not fit either
     return model.kv_cache

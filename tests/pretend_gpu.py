@@ -5,8 +5,8 @@
 Tensors stay in CPU memory, but those "on the GPU" say so, and what a GPU refuses fails: an
 operation on tensors of both kinds, numpy() of a GPU tensor; and while a CUDA graph is captured, a
 copy between devices or a wait for a result. Graphs replay the operations that were captured, on the
-same memory. FSDP2 runs over gloo, with the GPU's bf16 compute, under torchrun too. Kernels,
-streams, nccl and sizes of memory are not pretended.
+same memory. FSDP2 runs over gloo, with the GPU's bf16 compute, under torchrun too. The split-KV
+kernel has a slow stand-in. Other kernels, streams, nccl and sizes of memory are not pretended.
 """
 
 import contextlib
@@ -89,6 +89,7 @@ def to(tensor: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     new, before = (real_to(tensor, *dtypes) if dtypes else tensor), place(tensor)
     if is_gpu(names[0]) != (before == GPU):
         refuse_while_capturing("a copy between devices")
+        used["copies"] += 1
         new = new.clone() if new is tensor else new
     return put(new, GPU if is_gpu(names[0]) else CPU)
 
@@ -125,6 +126,7 @@ class PretendGPU(TorchFunctionMode):
             kwargs["device"] = CPU
             if name == "tensor":
                 refuse_while_capturing("torch.tensor of Python numbers on a GPU")
+                used["copies"] += 1
         found = tensors((args, kwargs))
         gpu = [t for t in found if place(t) == GPU]
         cpu = [t for t in found if place(t) == CPU and t.dim() > 0]  # a number may be anywhere
@@ -148,6 +150,38 @@ class PretendGPU(TorchFunctionMode):
             for tensor in tensors(result):
                 put(tensor, GPU if is_gpu(wanted) or gpu and wanted is None else CPU)
         return result
+
+
+def split_kv(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, scale=None,
+    window_size=None, enable_gqa=False, seqused_k=None, block_table=None, num_splits=None,
+):
+    """What the kernel of varlen_attn computes for one query per row, refusing what it refuses."""
+    rows, heads, width = query.shape
+    indices = (cu_seq_q, cu_seq_k, seqused_k)
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in indices)
+    assert [len(x) for x in indices] == [rows + 1, rows + 1, rows] and block_table is None
+    assert cu_seq_q.tolist() == list(range(rows + 1)) and max_q == 1
+    assert window_size is None or list(window_size) == [-1, -1]
+    assert 2 <= num_splits <= 8 and enable_gqa and width % 8 == 0 and heads > key.shape[1]
+    assert int(seqused_k.max()) <= max_k and query.stride(-1) == key.stride(-1) == 1
+    used["split_kv"] += 1
+    place = torch.arange(int(seqused_k.max()), device=key.device)
+    seen = (cu_seq_k[:-1, None] + place).clamp_max(len(key) - 1)  # (B, S)
+    keys, values = (
+        x[seen].float().repeat_interleave(heads // x.shape[1], dim=2) for x in (key, value)
+    )
+    scores = torch.einsum("bhd,bshd->bhs", query.float(), keys) * (scale or width**-0.5)
+    scores = scores.masked_fill(place >= seqused_k[:, None, None], -torch.inf)
+    out = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), values).to(query.dtype)
+    return out, query.new_empty(heads, rows).float(), torch.zeros(2, dtype=torch.uint64)
+
+
+def pretend_split_kv():
+    """Let varlen_attn compute on a CPU, for good."""
+    from torch.nn.attention.varlen import _varlen_attn
+
+    _varlen_attn.register_kernel("cpu")(split_kv)
 
 
 class Graph:
@@ -209,6 +243,7 @@ def pretend():
     )
     for name, value in cuda.items():
         setattr(torch.cuda, name, value)
+    pretend_split_kv()
     torch.Tensor.to, torch.empty = to, empty
     torch.Generator = lambda device=None: RealGenerator()
     start_group, make_mesh = dist.init_process_group, device_mesh.init_device_mesh

@@ -80,8 +80,8 @@ def test_replayed_decode_steps_equal_eager_ones(monkeypatch, capsys, failure):
                 raise RuntimeError(failure)
             return super().__enter__()
 
-    def step(model, cache, ids, positions):
-        inputs = torch.tensor(ids), torch.tensor(positions), max(positions) + 1
+    def step(model, cache, ids, positions, starts):
+        inputs = torch.tensor([ids, positions, starts]), max(positions) + 1
         if not getattr(model, "cuda_graphs", True):
             return decoder.forward_step(model, cache, *inputs)
         return decoder.replay_step(model, cache, *inputs, graph=TestGraph, capture=TestCapture)
@@ -270,9 +270,9 @@ def test_each_plan_token_is_decoded_once(tiny, monkeypatch):
     fed, prefilled = [], []
     step, fill = decoder.decode_step, decoder.prefill
 
-    def noted_step(model, cache, ids, positions):
+    def noted_step(model, cache, ids, *where):
         fed.append(len(ids))
-        return step(model, cache, ids, positions)
+        return step(model, cache, ids, *where)
 
     def noted_fill(model, cache, rollouts):
         prefilled.extend(PROMPTS.index(r.prompt) for r in rollouts)

@@ -1,17 +1,20 @@
 """plumbing/kernels.py, and what else makes a GPU step cheaper, as far as a CPU can tell."""
 
 import copy
+import math
 import types
 from collections import Counter
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grpo
+import pretend_gpu
 from conftest import ROOT, make_tiny
-from grpo import Rollout
+from grpo import Config, Rollout, sample
 from plumbing import attention, decoder
 from plumbing.attention import use_attention
 from plumbing.decoder import KVCache, forward_step, reserve_cache
@@ -45,7 +48,7 @@ VIEWS = set(
     "alias as_strided split split_with_sizes unbind empty empty_like empty_strided new_empty "
     "lift_fresh unflatten _reshape_alias narrow diagonal".split()
 )
-LARGE = {"mm", "addmm", "bmm", "linear"}
+LARGE = {"mm", "addmm", "bmm", "linear", "_varlen_attn"}
 
 
 class Kernels(TorchDispatchMode):
@@ -63,7 +66,7 @@ class Kernels(TorchDispatchMode):
         return result
 
 
-def kernels_of_a_decode_step(layers: int, fused: bool, monkeypatch) -> int:
+def kernels_of_a_decode_step(layers: int, fused: bool, split: bool, monkeypatch) -> int:
     """Small kernels of a decode step of 192 rows, Qwen2.5-7B's shape, on the meta device."""
     config = AutoConfig.from_pretrained(QWEN)
     config.num_hidden_layers, config.layer_types = layers, config.layer_types[:layers]
@@ -73,19 +76,21 @@ def kernels_of_a_decode_step(layers: int, fused: bool, monkeypatch) -> int:
     model = fuse_norms(model) if fused else model
     attend = lambda query, key, value, **options: torch.empty_like(query)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-    cache, ids = KVCache(192, 2048), torch.zeros(192, dtype=torch.long, device="meta")
+    cache = KVCache(192, 2048, split)
+    inputs = torch.zeros(3, 192, dtype=torch.long, device="meta")
     # In inference mode F.rms_norm reaches the mode whole. Elsewhere only CUDA keeps it whole.
     with torch.inference_mode(), Kernels() as kernels:
-        forward_step(model, cache, ids, ids, 1024)
+        forward_step(model, cache, inputs, 1024)
         first = kernels.count.total()
-        forward_step(model, cache, ids, ids, 1024)  # the first one has made the cache
+        forward_step(model, cache, inputs, 1024)  # the first one has made the cache
     return kernels.count.total() - first
 
 
 def test_a_decode_step_has_at_most_twenty_small_kernels_per_layer(monkeypatch):
-    count = lambda layers, fused: kernels_of_a_decode_step(layers, fused, monkeypatch)
-    per_layer = {fused: count(3, fused) - count(2, fused) for fused in (False, True)}
-    assert per_layer[True] <= 20 < 30 <= per_layer[False]
+    count = lambda layers, *kind: kernels_of_a_decode_step(layers, *kind, monkeypatch)
+    per_layer = lambda *kind: count(3, *kind) - count(2, *kind)
+    assert per_layer(True, False) <= 20 < 30 <= per_layer(False, False)
+    assert per_layer(True, True) <= 18  # split-KV
 
 
 # --------------------------------------------------------------------------------------------------
@@ -110,9 +115,9 @@ def decode_steps(slots: int, monkeypatch, limit: int = 3584) -> int:
     totals = [[draw(7.0, 0.5, limit) for _ in range(3)] for _ in plans]
     totals[0], totals[-1] = [limit] * 3, [3100] * 3  # a long plan tree begins last
     model = types.SimpleNamespace(device=torch.device("cpu"))
-    cache = types.SimpleNamespace(slots=slots, copy=lambda *args: None)
+    cache = KVCache(slots, 4096)
 
-    def step(model, cache, ids, positions):
+    def step(model, cache, ids, positions, starts):
         steps.append(len(ids))
         return torch.zeros(len(ids), 2)
 
@@ -138,6 +143,154 @@ def test_rows_that_nearly_fit_cost_at_most_five_percent_more_steps(monkeypatch):
     whole = decode_steps(192, monkeypatch)
     assert whole == 3584
     assert decode_steps(183, monkeypatch) <= 1.05 * whole
+
+
+# --------------------------------------------------------------------------------------------------
+# Split-KV attention
+
+
+@pytest.fixture
+def split_kv(monkeypatch):
+    """Lets models on a CPU decode by split-KV. Returns counts of what was used."""
+    pretend_gpu.pretend_split_kv()
+    monkeypatch.setattr(decoder, "may_split", lambda model: getattr(model, "split_kv", True))
+    pretend_gpu.used.clear()
+    return pretend_gpu.used
+
+
+PROMPTS = [[5], [9, 33, 12, 8, 70], [3] * 17, [40, 41, 42, 43, 44, 45, 46, 47, 48]]
+
+
+def draw(model) -> tuple[list, list]:
+    """Greedy ids and logprobs: of few slots that are taken again, and of plans that fork."""
+    options, limits = dict(temperature=0.0, stop_ids=[1, 6]), [1, 12, 9, 4, 12, 7, 11, 2]
+    drawn = sample(model, PROMPTS, n=2, max_new_tokens=limits, max_rows=3, **options)
+    config = Config(plans=2, cots=3, max_plan_tokens=5, max_completion_tokens=11, rollout_rows=7)
+    config.temperature = 0.0
+    closed = lambda ids: len(ids) == 3 + ids[0] % 3
+    trees = grpo.sample_tree(model, PROMPTS, config, plan_closed=closed, stop_ids=[1], seed=0)
+    rollouts = [rollout for tree in trees for rollout in tree]
+    assert any(r.plan_tokens for r in rollouts)
+    return drawn[0] + [r.ids for r in rollouts], drawn[1] + [r.logprobs for r in rollouts]
+
+
+def is_same(drawn: tuple, expected: tuple) -> bool:
+    return drawn[0] == expected[0] and all(
+        a == pytest.approx(b, abs=1e-4) for a, b in zip(drawn[1], expected[1])
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_split_kv_draws_what_masked_attention_draws(family, split_kv, capsys):
+    model = make_tiny(family)
+    model.split_kv = False
+    expected = draw(use_attention(model))
+    assert not split_kv["split_kv"]
+    del model.split_kv, model.kv_cache
+    assert is_same(draw(model), expected)
+    assert split_kv["split_kv"] > 50 and model.split_kv
+    assert "slower" not in capsys.readouterr().out
+
+
+def without_splits(*args, scale=None, window_size=(-1, -1)):
+    """The signature of torch 2.10."""
+
+
+def refuse(*args, **options):
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nbacktrace")
+
+
+def forget_a_key(*args, seqused_k, **options):
+    return varlen.torch.ops.torch_attn._varlen_attn(
+        *args, scale=options["scale"], enable_gqa=True, window_size=[-1, -1],
+        seqused_k=(seqused_k - 1).clamp_min(1), num_splits=2,
+    )[0]
+
+
+@pytest.mark.parametrize("kernel, reason", [
+    (without_splits, "unexpected keyword argument 'enable_gqa'"),
+    (refuse, "FlashAttention only supports Ampere GPUs or newer.\n"),
+    (forget_a_key, "its result differs"),
+])
+def test_a_split_kv_kernel_that_fails_costs_a_message(
+    kernel, reason, split_kv, monkeypatch, capsys
+):
+    model = use_attention(make_tiny("qwen2"))
+    model.split_kv = False
+    expected = draw(model)
+    del model.split_kv, model.kv_cache
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    assert is_same(draw(model), expected) and model.split_kv is False
+    said = capsys.readouterr().out
+    assert said.count("rank 0 decodes without split-KV attention, which is slower: ") == 1
+    assert reason in said
+
+
+def test_a_model_that_has_diverged_is_called_that(split_kv, capsys):
+    model = use_attention(make_tiny("qwen2"))
+    with torch.no_grad():
+        model.get_decoder().norm.weight[3] = math.nan
+    draw(model)
+    said = capsys.readouterr().out
+    assert "rank 0 decodes with a model whose logits are not finite: its weights have" in said
+    assert "slower" not in said and not hasattr(model, "split_kv")  # no kernel is blamed
+
+
+def test_split_kv_needs_one_graph_per_bucket_of_rows(split_kv, monkeypatch):
+    """Lengths from 3 to 301, and 20 rows that become 18 and 6: without it, each has graphs."""
+    model, caches = use_attention(make_tiny("qwen2")), []
+    model.split_kv = False
+    prompts, limits = [[7] * 300, [8] * 299] + [[7, 9, 5]] * 18, [2, 2] + [5, 9, 4] * 6
+
+    def step(model, cache, *inputs):
+        caches.append(cache)
+        inputs = torch.tensor(inputs), max(inputs[1]) + 1
+        options = dict(graph=pretend_gpu.Graph, capture=pretend_gpu.Capture)
+        return decoder.replay_step(model, cache, *inputs, **options)
+
+    drawing = lambda: sample(
+        model, prompts, max_new_tokens=limits, temperature=0.0, stop_ids=[]
+    )
+    monkeypatch.setattr(decoder, "decode_step", step)
+    expected = drawing()
+    assert sorted(caches[-1].graphs) == [(8, 256), (16, 256), (20, 256), (20, 320)]
+    del model.split_kv, model.kv_cache
+    assert is_same(drawing(), expected)
+    assert sorted(caches[-1].graphs) == [(8, 320), (16, 320), (20, 320)]
+
+
+@pytest.mark.parametrize("changes, fits", [
+    ({}, True),
+    (dict(num_key_value_heads=28), False),  # not grouped
+    (dict(sliding_window=4096), False),
+    (dict(head_dim=260), False),
+    (dict(head_dim=36), False),
+    (dict(head_dim=256), True),
+    (dict(qk_nope_head_dim=128), False),  # DeepSeek: keys are wider than values
+])
+def test_split_kv_is_for_models_that_its_kernel_can_do(changes, fits):
+    config = load_config(QWEN)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    model = types.SimpleNamespace(config=config, device=torch.device("cuda"))
+    assert attention.may_split(model) == fits
+    model.device = torch.device("cpu")
+    assert not attention.may_split(model)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_numbers_of_a_copy_reach_the_gpu_once(layers, split, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to", pretend_gpu.to)
+    with pretend_gpu.PretendGPU():
+        cache = KVCache(4, 16, split)
+        cache.write_prompts([(cache.place(slot), 5) for slot in range(4)], pretend_gpu.GPU)
+        for layer in range(layers):
+            values = torch.randn(4, 2, 5, 8, device="cuda")
+            cache.update(values, values, layer)
+        before = pretend_gpu.used["copies"]
+        cache.copy([(cache.place(1), cache.place(3), 4), (cache.place(2), cache.place(0), 5)])
+        assert pretend_gpu.used["copies"] - before == 1
 
 
 # --------------------------------------------------------------------------------------------------
