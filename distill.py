@@ -3,7 +3,7 @@
 A teacher reads a problem with its CoT and summarises the CoT into the plan that its author
 followed. It only summarises, so it need not be strong. There are three kinds of --teacher:
 
-    rule                     embedded tasks only: cuts a CoT down to its plan, without a model
+    rule                     embedded tasks and data/gym.py: cuts a CoT down to its plan, no model
     a folder or hub id       a local model, through grpo.py's sampling loop; the policy itself
                              gives the paper's "self-plan" (its Table 7)
     http(s)://host:port/v1   an OpenAI-compatible server; --teacher_model names the model there,
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from data import doors, toy
+from data import doors, gym, toy
 from data.sources import load_records
 from grpo import sample
 from model_utils import completion_texts, find_stop_ids, load_model, load_tokenizer
@@ -89,7 +89,9 @@ Answers = Iterator[tuple[dict, str | None, str | None]]
 
 
 def plan_of(record: dict) -> str:
-    """The plan behind the solution of an embedded task. ValueError for any other."""
+    """The plan behind the solution of an embedded task or of data/gym.py. ValueError for others."""
+    if "quantities" in record:
+        return gym.plan_of(record)
     if record.get("verifier") == "doors":
         return doors.plan_of(record["problem"], record["solution"])
     return toy.plan_of(record["solution"])
