@@ -1,10 +1,15 @@
 """The moves task: mazes, simulation, careless authors."""
 
+import json
+import sys
 from collections import deque
 
 import pytest
 
 import distill
+import eval as evaluation
+import grpo
+import sft
 from data import moves, toy
 from data.verifiers import plan_leaks, refusals, same_answers, verify
 from rewards import build_completion, parse_completion
@@ -111,3 +116,30 @@ def test_the_tokenizer_holds_the_task():
     assert parse_completion(tokenizer.decode(ids[ids.index(tokenizer.vocab["<plan>"]):]))
     with pytest.raises(ValueError, match="not a way of the moves task"):
         moves.plan_of("7 + 5 = 12")
+
+
+def test_all_stages_run_on_it(tmp_path, monkeypatch):
+    def main(script, flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split()])
+        script.main()
+
+    lines = lambda name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+    main(moves, f"--out {tmp_path} --sft 64 --train 40 --test 10")
+    assert all("solution" not in r for r in lines("train.jsonl"))
+    main(distill, f"--teacher rule --data {tmp_path}/sft.jsonl --out {tmp_path}/plans.jsonl")
+    assert len(lines("plans.jsonl")) == 64
+    main(sft, f"--model {tmp_path}/model --data {tmp_path}/plans.jsonl --out {tmp_path}/sft "
+         "--epochs 6 --lr 5e-3 --batch_size 8 --val_size 0 --save_every 0")  # fmt: skip
+    limits = "--max_plan_tokens 20 --max_completion_tokens 80"
+    main(grpo, f"--model {tmp_path}/sft/model --data {tmp_path}/train.jsonl --out {tmp_path}/pta "
+         f"--steps 1 --questions 4 --eval_size 2 --save_every 0 {limits}")  # fmt: skip
+    (step,) = lines("pta/metrics.jsonl")
+    assert step["grader_moves_graded"] == 48 and step["grader_graded"] == 0
+    assert step["grader_moves_unparsed"] + step["grader_moves_no_answer"] < 48
+    main(evaluation, f"--model {tmp_path}/pta/model --data {tmp_path}/test.jsonl --n 4 "
+         f"--out {tmp_path}/eval {limits}")  # fmt: skip
+    problems = {r["id"]: r for r in lines("test.jsonl")}
+    for record in lines("eval/records.jsonl"):
+        for s in record["samples"]:
+            assert s["correct"] == moves.judge(problems[record["id"]], s["answer"])
+            assert not s["restated"] and (s["vote"] == "right") == s["correct"]

@@ -26,8 +26,8 @@ from data.sources import (
     subset,
     unwrap,
 )
-from data.verifiers import verify
 from data.toy import make_tokenizer
+from data.verifiers import verify
 from model_utils import encode_prompt
 from plumbing.answers import last_box
 

@@ -1,11 +1,13 @@
 """The seam: records name their verifiers, and everything that is judged goes through them."""
 
 import json
+import re
 import types
 
 import pytest
 
 import grpo
+from conftest import ROOT
 from data import verifiers
 from data.moves import make_problems
 from data.sources import load_gradable
@@ -87,14 +89,14 @@ def test_it_is_found_beside_the_data_in_the_working_directory_or_here(own, tmp_p
 @pytest.mark.parametrize(
     "verifier, reason",
     [
-        ("own.py:raises", r"own.py:raises raised ZeroDivisionError in own.py, line 17: division by zero; "),
+        ("own.py:raises", "own.py:raises raised ZeroDivisionError in own.py, line 17: division by"),
         ("own.py:counts", "returned int for 1 answers; return a list with True or False for each"),
         ("own.py:few", "returned a list of 0 for 1 answers; return a list"),
         ("own.py:scores", r"returned 1.0 \(float\) as a verdict; return True or False"),
         ("own.py:one", "record r: .*one must take records and answers"),
         ("own.py:number", "record r: .*own.py has no function number"),
         ("own.py:nobody", "record r: .*own.py has no function nobody"),
-        ("broken.py:f", r"record r: .*cannot be imported \(ModuleNotFoundError in broken.py, line 1: "),
+        ("broken.py:f", "cannot be imported .ModuleNotFoundError in broken.py, line 1: "),
         ("missing.py:f", "record r: its verifier 'missing.py:f' cannot be used: there is no such"),
         ("choise", "record r: .*choose one of math, choice, moves, doors.*or file.py:function"),
         (7, "record r: its verifier is 7, not a name"),
@@ -169,3 +171,13 @@ def test_training_grades_and_asks_for_leaks_through_the_seam():
     assert [r.correct for r in rollouts] == [True, True, False, False]
     assert [r.leaks for r in rollouts] == [False, True, False, False]
     assert [r.well_formed for r in rollouts] == [True, True, False, True]
+
+
+def test_the_example_of_the_readme_works(tmp_path):
+    section = (ROOT / "README.md").read_text().partition("## Your own task")[2]
+    code, line = re.findall(r"```(?:python)?\n(.*?)```", section, re.DOTALL)[:2]
+    (tmp_path / "words.py").write_text(code)
+    (tmp_path / "words.jsonl").write_text(line)
+    records = load_gradable(str(tmp_path / "words.jsonl"), lambda text: [1], 9, 0, 0)
+    answers = ["A plan is a path.", "A plan is a path that you chose.", "A path.", None]
+    assert verify(records * 4, answers, answers) == [True, False, False, False]
