@@ -87,7 +87,7 @@ def test_the_recipe_runs_from_base_to_evaluation(tmp_path):
     }  # fmt: skip
     flags = "--steps 1 --questions 2 --eval_size 2 --save_every 0 --kl_coef 0".split()
     command = ["bash", str(ROOT / "recipes" / "gym.sh"), *flags]
-    options = dict(env=environment, capture_output=True, text=True, timeout=280)
+    options = dict(env=environment, capture_output=True, text=True, timeout=580)
     result = subprocess.run(command, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     run = tmp_path / "run"

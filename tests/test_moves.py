@@ -129,14 +129,14 @@ def test_all_stages_run_on_it(tmp_path, monkeypatch):
     main(distill, f"--teacher rule --data {tmp_path}/sft.jsonl --out {tmp_path}/plans.jsonl")
     assert len(lines("plans.jsonl")) == 64
     main(sft, f"--model {tmp_path}/model --data {tmp_path}/plans.jsonl --out {tmp_path}/sft "
-         "--epochs 6 --lr 5e-3 --batch_size 8 --val_size 0 --save_every 0")  # fmt: skip
-    limits = "--max_plan_tokens 20 --max_completion_tokens 80"
+         "--epochs 4 --lr 5e-3 --batch_size 8 --val_size 0 --save_every 0")  # fmt: skip
+    limits = "--max_plan_tokens 16 --max_completion_tokens 56"
     main(grpo, f"--model {tmp_path}/sft/model --data {tmp_path}/train.jsonl --out {tmp_path}/pta "
-         f"--steps 1 --questions 4 --eval_size 2 --save_every 0 {limits}")  # fmt: skip
+         f"--steps 1 --questions 2 --eval_size 2 --save_every 0 {limits}")  # fmt: skip
     (step,) = lines("pta/metrics.jsonl")
-    assert step["grader_moves_graded"] == 48 and step["grader_graded"] == 0
-    assert step["grader_moves_unparsed"] + step["grader_moves_no_answer"] < 48
-    main(evaluation, f"--model {tmp_path}/pta/model --data {tmp_path}/test.jsonl --n 4 "
+    assert step["grader_moves_graded"] == 24 and step["grader_graded"] == 0
+    assert step["grader_moves_unparsed"] + step["grader_moves_no_answer"] < 24
+    main(evaluation, f"--model {tmp_path}/pta/model --data {tmp_path}/test.jsonl --n 2 "
          f"--out {tmp_path}/eval {limits}")  # fmt: skip
     problems = {r["id"]: r for r in lines("test.jsonl")}
     for record in lines("eval/records.jsonl"):
