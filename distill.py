@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 
-from data import doors, gym, toy
+from data import doors, gym, moves, toy
 from data.sources import load_records
+from data.verifiers import plan_leaks
 from grpo import sample
 from model_utils import completion_texts, find_stop_ids, load_model, load_tokenizer
-from plumbing.answers import plan_leaks
 from plumbing.flags import parse_config
 from plumbing.ranks import (
     fail,
@@ -94,6 +94,8 @@ def plan_of(record: dict) -> str:
         return gym.plan_of(record)
     if record.get("verifier") == "doors":
         return doors.plan_of(record["problem"], record["solution"])
+    if record.get("verifier") == "moves":
+        return moves.plan_of(record["solution"])
     return toy.plan_of(record["solution"])
 
 
@@ -163,15 +165,15 @@ def choose_teacher(config: Config) -> Callable[[list[dict], Config], Answers]:
 # --------------------------------------------------------------------------------------------------
 # Rejection
 
-def rejection(plan: str, answer: str, max_words: int) -> str | None:
-    """Why a plan is not kept, or None."""
+def rejection(plan: str, record: dict, max_words: int) -> str | None:
+    """Why the plan of a problem record is not kept, or None."""
     if not plan:
         return "empty"
     if len(plan.split()) > max_words:
         return f"longer than {max_words} words"
     if TAG.search(plan):
         return "template tags in the plan"
-    return "gives the answer away" if plan_leaks(plan, answer) else None
+    return "gives the answer away" if plan_leaks(record, plan) else None
 
 
 def all_answers(ask: Callable, records: list[dict], config: Config) -> Answers:
@@ -223,7 +225,7 @@ def main():
             for record, text, reason in all_answers(ask, todo, config):
                 # A reasoning teacher thinks aloud first. The plan is what follows.
                 plan = (text or "").rpartition("</think>")[2].strip()
-                reason = reason or rejection(plan, record["answer"], config.max_plan_words)
+                reason = reason or rejection(plan, record, config.max_plan_words)
                 counts[reason] += 1
                 if (reason or "").startswith(UNANSWERED):
                     continue  # --resume asks again

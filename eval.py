@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from data.sources import load_gradable
-from data.verifiers import verify
+from data.verifiers import restated, same_answers, tally, verify
 from grpo import sample, sample_tree
 from model_utils import (
     completion_texts,
@@ -40,7 +40,6 @@ from model_utils import (
     plan_marks,
 )
 from plumbing import folder
-from plumbing.answers import GRADER_COUNTS, grader_stats, restated
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.intervals import accuracy_interval, paired_difference
@@ -145,13 +144,14 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
         salts = [f"{config.seed} {i % n}" for i in range(len(each))]
         verdicts = verify(each, answers, salts)
         samples = [
-            {"completion": text, "answer": answer, "correct": bool(right), "tokens": len(tokens),
+            {"completion": text, "answer": answer, "correct": right, "tokens": len(tokens),
              "well_formed": parse_completion(text) is not None,
              "truncated": tokens[-1] not in stop_ids,
-             "restated": bool(right) and restated(p["answer"], answer)}
+             "restated": right and restated(p, answer)}
             for p, text, answer, right, tokens in zip(each, texts, answers, verdicts, ids)
         ]
-        label_votes([samples[i:i + n] for i in range(0, len(samples), n)])
+        same = lambda places, *pairs: same_answers([mine[i] for i in places], *pairs)
+        label_votes([samples[i:i + n] for i in range(0, len(samples), n)], same)
         if config.analysis:  # plan-major: sample i has plan i // cots
             samples = [{**s, "plan_tokens": size} for s, size in zip(samples, plan_tokens)]
     names = ("benchmark", "id", "problem", "answer")
@@ -370,13 +370,13 @@ def main():
                 raise
             bar.update(len(part))
 
-    stats = gather0([grader_stats()])  # every rank graded its own share
+    counts = tally()  # every rank graded its own share
     if rank() == 0:
         records = results.read()
         summary = summarise(records)
         if config.analysis:
             summary["plans"] = analyse(records, config.cots, config.seed)
-        summary["grader"] = {name: sum(s[name] for s in stats) for name in GRADER_COUNTS}
+        summary["grader"] = counts
         folder.write_whole(out / "summary.json", {**summary, "settings": asdict(config)})
         print_summary(config, summary)
 

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 
 from data.sources import draw, load_questions
-from data.verifiers import verify
+from data.verifiers import plan_leaks, tally, verify
 from model_utils import (
     completion_texts,
     encode_prompt,
@@ -44,7 +44,6 @@ from model_utils import (
     plan_marks,
     unsharded,
 )
-from plumbing.answers import grader_stats
 from plumbing.attention import Packed, micro_batches, pack
 from plumbing.balance import balance
 from plumbing.decoder import Decoder, without_autograd
@@ -145,6 +144,7 @@ class Rollout:
     text: str = ""
     correct: bool = False
     well_formed: bool = False
+    leaks: bool = False  # the plan gives the answer away
     plan_advantage: float = 0.0  # of the tokens of a plan that closed
     advantage: float = 0.0  # of the others
     # for the log, one value per token
@@ -291,17 +291,19 @@ class Group:
 def grade_groups(
     tokenizer, groups: list[Group], stop_ids: list[int], *, salt: str = "", evaluated: bool = False
 ):
-    """Fill in text, well_formed and correct of every completion.
+    """Fill in text, well_formed, leaks and correct of every completion.
 
     `salt` is this rollout's own: verifiers that draw a world per completion draw it from there.
     `evaluated` is --evaluated.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
-    for rollout, text in zip(rollouts, texts):
-        rollout.text, rollout.well_formed = text, parse_completion(text) is not None
-    answers = [extract_answer(r.text) for r in rollouts]  # None for a plan that never closed
     questions = [group.question for group in groups for _ in group.rollouts]
+    for rollout, text, question in zip(rollouts, texts, questions):
+        blocks = parse_completion(text)
+        rollout.text, rollout.well_formed = text, blocks is not None
+        rollout.leaks = bool(blocks and plan_leaks(question, blocks.plan))
+    answers = [extract_answer(r.text) for r in rollouts]  # None for a plan that never closed
     salts = [f"{salt} {i}" for i in range(len(rollouts))]
     for rollout, right in zip(rollouts, verify(questions, answers, salts, evaluated)):
         rollout.correct = right
@@ -570,7 +572,7 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
             groups = [Group(problem, tree) for problem, tree in zip(mine, trees)]
             grade_groups(tokenizer, groups, stop_ids)
             right = sum(group.rollouts[0].correct for group in groups)
-    grader_stats(reset=True)  # a step counts its own rollouts
+    tally()  # a step counts its own rollouts
     return float(all_sum(torch.tensor(right, device=model.device))) / len(problems)
 
 
@@ -643,6 +645,7 @@ def main():
         # ---- Log ---------------------------------------------------------------------------------
         sampled_rewards = group_rewards(sampled, config)
         metrics = step_metrics(sampled, sampled_rewards, updates, run.device, first=step == 1)
+        metrics |= {f"grader_{name}": count for name, count in tally().items()}
         metrics |= plan_metrics(sampled, sampled_rewards, run.state, run.device)
         no_plan_reward = advantages(rewards, config, within, beta=0.0)
         metrics |= credit_metrics(rewards, (plan, cot), no_plan_reward, run.device)

@@ -69,6 +69,14 @@ def doors_of(problem: str) -> list[dict[str, int]]:
     return [{door: int(digit) for door, digit in hall.items()} for hall in halls]
 
 
+def check(record: dict) -> str | None:
+    """Why a record cannot be judged, or None."""
+    try:
+        doors_of(record["problem"])
+    except ValueError as error:
+        return str(error)
+
+
 def plan_of(problem: str, solution: str) -> str:
     """The plan behind a route: what each hall offers, and what is taken there."""
     halls, route = problem.split(" ; ")[:-1], solution.split()

@@ -1,8 +1,9 @@
-"""Word problems in English, with plans: `gsm_symbolic` of the package reasoning-gym.
+"""Tasks of the package reasoning-gym: word problems with plans, and any other with its own scorer.
 
-The package fills some eighty templates of GSM8K with other names and numbers (Mirzadeh et al.,
-arXiv 2410.05229), and works each problem out in sentences. This module reads the equations in a
-worked answer, and names the given quantities as the package does:
+`gsm_symbolic`, the default, has plans and chains of thought by rule. The package fills some eighty
+templates of GSM8K with other names and numbers (Mirzadeh et al., arXiv 2410.05229), and works each
+problem out in sentences. This module reads the equations in a worked answer, and names the given
+quantities as the package does:
 
     problem     Emily has 5 times as many friends as Ava. [...] If Emily has 65 friends, how many
                 has Ben, who has 4 times as many as Ava?
@@ -15,10 +16,15 @@ So a plan decides what to compute. A CoT looks the numbers up, and computes. Pro
 read without doubt are left out. Train, validation and test share the templates. No problem of one
 has the same template with the same numbers as a problem of another.
 
+Problems of another task name `score` below as their verifier: an answer is right if the package's
+scorer gives it full marks. They have no solutions, so there is no sft.jsonl.
+
     python -m data.gym --out runs/gym      writes sft, train, validation and test.jsonl
+    python -m data.gym --out runs/paths --task shortest_path --config '{"max_rows": 5}'
 """
 
 import argparse
+import functools
 import itertools
 import json
 import operator
@@ -46,6 +52,7 @@ CONSTANTS = {
 ORDINALS = ("zeroth", "first", "second", "third", "fourth", "fifth")
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 LETTERS = "ABCDEFGH"  # results, in order
+GSM = "gsm_symbolic"
 SUFFIX = " Give the result as your final answer. Do not include units."  # our template says it, too
 
 
@@ -136,20 +143,79 @@ def plan_of(record: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Problems
+# The package's own scorers
+
+# These evaluate an answer as Python, or leave it to sympy's parse_expr, which does.
+EVALUATING = """binary_matrix countdown intermediate_integration n_queens polynomial_multiplication
+puzzle24 simple_integration spiral_matrix string_insertion""".split()
 
 
-def entries(seed: int) -> Iterator[tuple[int, dict]]:
-    """(number of the template, entry) of gsm_symbolic, without end. A seed gives the same ones."""
+def package():
     try:
         import reasoning_gym
     except ImportError:
-        fail("data.gym needs the package reasoning-gym: run `pip install reasoning-gym`")
+        fail("this needs the package reasoning-gym: run `pip install reasoning-gym`")
+    return reasoning_gym
+
+
+@functools.cache
+def scorer(task: str):
+    """The package's function of an answer and an entry, to 0..1."""
+    safe = task not in EVALUATING
+    require(safe, f"the scorer of {task} evaluates what a model wrote: choose another --task")
+    return package().get_score_answer_fn(task)
+
+
+def marks(task: str, answer: str, entry: dict) -> float:
+    """The scorer's marks; 0 where it raises, as some do at odd answers."""
+    judge = scorer(task)
+    try:
+        return float(judge(answer, entry))
+    except Exception:  # of any kind: it met text that its author had not thought of
+        return 0.0
+
+
+def score(records: list[dict], answers: list[str]) -> list[bool]:
+    """A verifier, as data/verifiers.py describes it: whether an answer gets full marks."""
+    return [marks(r["task"], answer, r["entry"]) >= 1 for r, answer in zip(records, answers)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Problems
+
+
+def blocks(task: str, config: dict, seed: int) -> Iterator:
+    """Data sets of 1,000 entries of a task, without end. A seed gives the same ones."""
     for block in itertools.count():
         # The package seeds an entry with the sum of seed and index: blocks must not overlap.
         options = dict(size=1000, seed=seed * 10**8 + block * 1000)
-        data = reasoning_gym.create_dataset("gsm_symbolic", **options)
-        yield from zip(data.task_indices, data)
+        try:
+            yield package().create_dataset(task, **config, **options)
+        except (ValueError, TypeError, AssertionError) as error:
+            fail(f"reasoning-gym makes no {task} with {config}: {error}; change --task or --config")
+
+
+def word_problems(args) -> Iterator[tuple[str, dict | None]]:
+    """(what decides on the split, problem record or None) of each entry of gsm_symbolic."""
+    for data in blocks(GSM, args.config, args.seed):
+        for template, entry in zip(data.task_indices, data):
+            record = read_entry(entry)
+            if record is None or not fits(record, args):
+                yield "", None
+            else:
+                yield f"{template} {record['solution']}", {"template": template, **record}
+
+
+def scored_problems(args) -> Iterator[tuple[str, dict | None]]:
+    """The same of another task. None where an entry's own answer gets no full marks."""
+    for entry in itertools.chain.from_iterable(blocks(args.task, args.config, args.seed)):
+        question, gold = entry["question"], entry["answer"]
+        entry = json.loads(json.dumps(entry, default=str))
+        if not (isinstance(gold, str) and gold.strip() and marks(args.task, gold, entry) >= 1):
+            yield question, None
+        else:
+            known = {"verifier": "data/gym.py:score", "task": args.task, "entry": entry}
+            yield question, {"problem": question.strip(), "answer": gold, **known}
 
 
 def fits(record: dict, args) -> bool:
@@ -163,23 +229,23 @@ def fits(record: dict, args) -> bool:
 def make_problems(sizes: dict[str, int], args) -> dict[str, list[dict]]:
     """`sizes`: split -> number. Returns as many problem records, all of different texts.
 
-    Template and numbers decide on the split, so whatever the seed, splits have no problem in
-    common. `args` are this script's flags. Raises SystemExit if the package has too few.
+    Template and numbers decide on the split (of another task: the text). So whatever the seed,
+    splits have no problem in common. `args` are this script's flags. Raises SystemExit if the
+    package has too few.
     """
     files, seen, misses = {split: [] for split in sizes}, set(), 0
-    stream = entries(args.seed)
+    stream = word_problems(args) if args.task == GSM else scored_problems(args)
     while any(len(files[split]) < size for split, size in sizes.items()):
-        template, entry = next(stream)
-        record, misses = read_entry(entry), misses + 1
+        (key, record), misses = next(stream), misses + 1
         require(misses < 50_000, "there are no more such problems: ask for fewer, or larger ones")
-        if record is None or record["problem"] in seen or not fits(record, args):
+        if record is None or record["problem"] in seen:
             continue
-        split = toy.split_of(f"{template} {record['solution']}")
+        split = toy.split_of(key)
         if len(files.get(split, ())) < sizes.get(split, 0):
             misses = 0
             seen.add(record["problem"])
             id = f"gym-{split}-{args.seed}-{len(files[split])}"
-            files[split].append({"id": id, "template": template, **record})
+            files[split].append({"id": id, **record})
     return files
 
 
@@ -199,6 +265,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, nargs=2, default=(2, 3), metavar=ends, help="equations per solution")
     add("--largest", type=int, default=200, help="the largest number in a solution")
     add("--words", type=int, default=60, help="the most words of a question")
+    add("--task", default=GSM, help="another task of the package; the three flags above are GSM's")
+    add("--config", type=json.loads, default={}, help="settings of the task, as a JSON object")
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="replace what --out already holds")
     parser.error = fail
@@ -212,9 +280,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
+    args.sft = args.sft if args.task == GSM else 0  # other tasks come without solutions
     sizes = {"train": args.sft + args.train, "validation": args.validation, "test": args.test}
     files = make_problems(sizes, args)
     files = {"sft": files["train"][:args.sft], **files, "train": files["train"][args.sft:]}
+    files = {name: records for name, records in files.items() if records}
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, records in files.items():
@@ -225,9 +295,10 @@ def main():
             (args.out / f"{name}.jsonl").write_text(lines)
     except OSError as error:
         fail(f"{args.out} cannot be written ({error.strerror}): make room, or choose another --out")
-    templates = len({record["template"] for records in files.values() for record in records})
+    templates = {record.get("template") for records in files.values() for record in records}
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
-    print(f"{args.out}: {counts}; {templates} templates")
+    of = f"{len(templates)} templates" if args.task == GSM else args.task
+    print(f"{args.out}: {counts}; {of}")
 
 
 if __name__ == "__main__":

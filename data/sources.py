@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import toy, verifiers
+from data.choice import LETTERS
 from data.overlap import Overlap
 from plumbing import grader
-from plumbing.answers import check_golds, is_number_list, last_box
+from plumbing.answers import is_number_list, last_box
 from plumbing.ranks import all_gather, fail, init_distributed, print0, rank, require, world_size
 from plumbing.records import load_jsonl
 from plumbing.weights import check_context, load_config
@@ -99,14 +100,18 @@ def unwrap(problem: str) -> str:
     return problem.strip()
 
 
-LETTERS = "ABCDEFGHIJKLMNOP"
+ASK_LETTER = "Answer with the letter of the right option."
 
 
 def multiple_choice(question: str, options: list[str], right: int) -> dict:
-    parts = [question.strip()]
-    parts.append("\n".join(f"({x}) {option.strip()}" for x, option in zip(LETTERS, options)))
-    parts.append("Answer with the letter of the right option.")
-    return {"problem": "\n\n".join(parts), "answer": LETTERS[right]}
+    options = [option.strip() for option in options]
+    listed = "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
+    return {
+        "problem": "\n\n".join((question.strip(), listed, ASK_LETTER)),
+        "answer": LETTERS[right],
+        "verifier": "choice",
+        "options": options,
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,13 +172,27 @@ def olympiad(row: dict) -> dict:
 
 def gpqa(row: dict) -> dict:
     options = [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
-    # The right option comes first in every row: shuffle them, in the same way every time.
-    order = random.Random(row["Question"]).sample(range(4), 4)
+    # The right option comes first in every row. A digest of the question gives their order, the
+    # same one for ever.
+    order = sorted(range(4), key=lambda i: text_key(f"{row['Question']} {i}"))
     return multiple_choice(row["Question"], [options[i] for i in order], order.index(0))
 
 
 def mmlu_pro(row: dict) -> dict:
     return multiple_choice(row["question"], row["options"], row["answer_index"])
+
+
+def mmk12(subject: str) -> Callable[[dict], dict | str]:
+    """The function for rows of one subject. The question lists the options. Images are left out."""
+
+    def convert(row: dict) -> dict | str:
+        if row["subject"].strip().lower() != subject:
+            return "another subject"
+        question = row["question"].replace("<image>", "").strip()
+        problem = f"{question}\n\n{ASK_LETTER}"
+        return {"problem": problem, "answer": row["answer"].strip(), "verifier": "choice"}
+
+    return convert
 
 
 class Source(NamedTuple):
@@ -295,8 +314,20 @@ SOURCES = {
         split="test",
         benchmark=True,
     ),
+} | {
+    f"mmk12_{subject}": Source(
+        hub="FanqingM/MMK12",
+        revision="372a609268ea79b5e78d90ab173e02c37b486163",
+        convert=mmk12(subject),
+        columns=("question", "answer", "subject"),
+        split="test",
+        benchmark=True,
+    )
+    for subject in ("physics", "chemistry", "biology")
 }
-SHORT = {source.hub: short for short, source in SOURCES.items()}  # hub ids are taken as names, too
+# Hub ids are taken as names, too, if they name one source.
+HUBS = Counter(source.hub for source in SOURCES.values())
+SHORT = {source.hub: short for short, source in SOURCES.items() if HUBS[source.hub] == 1}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,7 +482,7 @@ def gradable(records: Iterable[dict], dropped: Counter) -> Iterator[dict]:
     """
     records = iter(records)
     while chunk := list(itertools.islice(records, 1024)):
-        for record, reason in zip(chunk, check_golds([record["answer"] for record in chunk])):
+        for record, reason in zip(chunk, verifiers.refusals(chunk)):
             if reason:
                 dropped["gold that cannot be graded"] += 1
             else:
@@ -539,8 +570,7 @@ def load_gradable(
     problems = load_records(name, limit=limit, seed=seed)
     init_distributed()
     for problem in problems:
-        reason = verifiers.refusal(problem)
-        require(not reason, f"{name}: record {problem['id']} {reason}")
+        verifiers.locate(problem, name)
     problems = with_usable_golds(name, problems)
     for problem in problems:
         problem["prompt"] = encode(problem["problem"])
@@ -554,26 +584,26 @@ def load_gradable(
 
 
 def with_usable_golds(name: str, problems: list[dict]) -> list[dict]:
-    """The problems whose gold can be graded. SystemExit for a bad one that is not from the hub."""
-    golds = sorted({p["answer"] for p in problems if p.get("verifier", "math") == "math"})
-    mine = golds[rank()::world_size()]  # a gold that is not a number takes about 10 ms
-    bad: dict[str, str] = {}  # gold -> why it cannot be graded
-    for part in all_gather(dict(zip(mine, check_golds(mine)))):
-        bad |= {gold: reason for gold, reason in part.items() if reason}
-    left_out = [problem for problem in problems if problem["answer"] in bad]
+    """The problems whose answers their verifiers can judge.
+
+    SystemExit for another one that is not from the hub.
+    """
+    ranks = world_size()
+    shares = all_gather(verifiers.refusals(problems[rank()::ranks]))
+    reasons = [shares[i % ranks][i // ranks] for i in range(len(problems))]
+    left_out = [(p["id"], reason) for p, reason in zip(problems, reasons) if reason]
     if left_out:
-        id, gold = left_out[0]["id"], left_out[0]["answer"]
-        count = f"{len(left_out)} of {len(problems)}"
+        (id, reason), count = left_out[0], f"{len(left_out)} of {len(problems)}"
         require(
             parse_name(name),
-            f"{name}: {count} answers cannot be graded, the first in record {id}: {gold[:60]!r} "
-            f"{bad[gold]}; mend or remove them",
+            f"{name}: {count} answers cannot be graded, the first in record {id}: {reason}; mend "
+            "or remove them",
         )
         print0(
-            f"{name}: {count} records left out, because their golds cannot be graded (first: "
-            f"{id}, {gold[:60]!r})"
+            f"{name}: {count} records left out, because their answers cannot be graded (first: "
+            f"{id}, {reason})"
         )
-    problems = [problem for problem in problems if problem["answer"] not in bad]
+    problems = [problem for problem, reason in zip(problems, reasons) if not reason]
     require(problems, f"no record of {name} has a gold that can be graded; choose other data")
     return problems
 

@@ -487,24 +487,25 @@ PLAN_NUMBER = re.compile(
 )
 
 
-def plan_leaks(plan: str, answer: str) -> bool:
+def plan_leaks(plan: str, answer: str, stated: bool = False) -> bool:
     r"""Whether the plan already holds the final answer. Linear time.
 
     A numeric answer leaks if the plan holds a number of equal value. Any other leaks if the plan
     holds it as whole words, in the same spelling up to `plain`. Numbers of lists and steps ("1.",
     "Step 2", "case (3)") do not count. Integers up to 10 and answers of up to three characters
     occur in honest plans ("2 cases", "solve for x"). They leak only where the plan states them
-    ("= 2", "the answer is B", "\boxed{2}", or alone on a line).
+    ("= 2", "the answer is B", "\boxed{2}", or alone on a line). With `stated` that holds for any
+    answer: the question has named it already.
     """
     answer = plain(clean(answer)) if refusal(answer) is None else ""
     if not answer:
         return False
     plan, number = MARKERS.sub(" ", plan), parse_number(answer)
     if number and isinstance(number.value, Fraction):
-        ordinary = number.value in range(-10, 11)
+        ordinary = stated or number.value in range(-10, 11)
         found = number_occurrences(plan, number)
     else:
-        ordinary = len(answer) <= 3
+        ordinary = stated or len(answer) <= 3
         plan = "\n".join(plain(line) for line in plan.splitlines())
         if WORDS.fullmatch(answer):
             plan, answer = plan.lower(), answer.lower()

@@ -7,7 +7,6 @@ import math
 
 import torch
 
-from plumbing.answers import GRADER_COUNTS, grader_stats, plan_leaks
 from plumbing.balance import decoded_tokens
 from plumbing.ranks import all_sum, gather0, print0, require
 
@@ -38,10 +37,6 @@ def step_metrics(
     metrics["sampler_gap"] = updates[0]["sampler_gap"]  # later updates have left the sampler behind
     metrics["skipped"] = sum(not math.isfinite(update["grad_norm"]) for update in updates)
     check_sampler(metrics["sampler_gap"], first)
-    stats = grader_stats(reset=True)
-    counts = all_sum(torch.tensor([float(stats[name]) for name in GRADER_COUNTS], device=device))
-    for name, count in zip(GRADER_COUNTS, counts.tolist()):
-        metrics[f"grader_{name}"] = int(count)
     return metrics
 
 
@@ -66,12 +61,7 @@ def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> d
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     closed = [r for r in rollouts if r.plan_tokens]
-    leaks = [
-        plan_leaks(r.text.partition("<plan>")[2].partition("</plan>")[0], group.question["answer"])
-        for group in groups
-        for r in group.rollouts
-        if r.well_formed
-    ]
+    leaks = [r.leaks for r in rollouts if r.well_formed]
     total, outcome = rewards["total"].flatten(1), rewards["outcome"].flatten(1)  # (N, G)
     equal = lambda values: (values.amax(1) - values.amin(1) < 1e-6).sum()
     decoded = decoded_tokens(rollouts, rewards["total"].shape[2])
@@ -176,6 +166,7 @@ def rollout_record(group, rewards: dict, index: int, tokenizer=None) -> dict:
                 "truncated": not rollout.stopped,
                 "correct": rollout.correct,
                 "well_formed": rollout.well_formed,
+                "leaks": rollout.leaks,
                 "reward": terms,
                 "advantage": round(rollout.advantage, 4),
                 "plan_advantage": round(rollout.plan_advantage, 4),

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from plumbing import grader
 from plumbing.answers import grade
@@ -28,12 +29,17 @@ def maj_at_n(samples: list[dict]) -> float:
     return ("right" in top) / len(top) if top else 0.0
 
 
-def label_votes(groups: list[list[dict]]):
+def equal_golds(places: list[int], firsts: list[str], others: list[str]) -> list[bool]:
+    return grade(firsts, others)
+
+
+def label_votes(groups: list[list[dict]], same: Callable = equal_golds):
     """Set `vote` in the samples of each problem: "right", or one spelling of equal wrong answers.
 
-    None is no answer, and no vote. Wrong answers are equal where the grader, with the more frequent
-    spelling as gold, says so. What it cannot read equals nothing but its own spelling. The cost is
-    bounded: VOTE_ROUNDS answers per problem collect those equal to them, most frequent first.
+    None is no answer, and no vote. Wrong answers are equal where `same` says so of (places of their
+    groups, more frequent spellings, others); by default the grader, with the more frequent one as
+    gold. What it cannot read equals nothing but its own spelling. The cost is bounded: VOTE_ROUNDS
+    answers per problem collect those equal to them, most frequent first.
     """
     counted, votes, left = grader.pool.stats.copy(), [], []
     answers = [{answer_key(s): s["answer"] for s in group} for group in groups]
@@ -45,8 +51,10 @@ def label_votes(groups: list[list[dict]]):
         pairs = [(i, keys[0], other) for i, keys in enumerate(left) for other in keys[1:]]
         if not pairs:
             break
-        golds, others = zip(*((answers[i][first], answers[i][other]) for i, first, other in pairs))
-        for (i, first, other), equal in zip(pairs, grade(list(golds), list(others))):
+        firsts = [answers[i][first] for i, first, _ in pairs]
+        others = [answers[i][other] for i, _, other in pairs]
+        verdicts = same([i for i, _, _ in pairs], firsts, others)
+        for (i, first, other), equal in zip(pairs, verdicts):
             if equal:
                 votes[i][other] = first
         left = [[k for k in keys[1:] if votes[i][k] == k] for i, keys in enumerate(left)]

@@ -280,7 +280,8 @@ def cut_text(text: str) -> dict:
 def page_completion(completion: dict, answer: str) -> dict:
     """A logged completion as the page shows it: with flags, and cut if it is very long."""
     parsed = parse_completion(completion["text"])
-    leaks = bool(parsed and plan_leaks(parsed.plan, answer))
+    # Logs of earlier versions do not say it, and name no verifier.
+    leaks = completion.get("leaks", bool(parsed and plan_leaks(parsed.plan, answer)))
     revised = bool(parsed and plan_revised(parsed.think))
     return {**completion, **cut_text(completion["text"]), "leaks": leaks, "revised": revised}
 

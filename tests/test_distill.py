@@ -95,7 +95,7 @@ REJECTED = {
 
 @pytest.mark.parametrize("plan, reason", REJECTED.items())
 def test_rejection(plan, reason):
-    assert rejection(plan, "42", 30) == reason
+    assert rejection(plan, {"answer": "42"}, 30) == reason
 
 
 def test_rule_teacher_writes_plan_records(problems, run, out, capsys):

@@ -1,12 +1,10 @@
 """The doors task, and the verifiers that records name."""
 
-import json
 import random
 
 import pytest
 
 from data import doors, toy
-from data.sources import load_gradable
 from data.verifiers import verify
 from rewards import build_completion, parse_completion
 
@@ -84,17 +82,3 @@ def test_each_record_is_judged_by_the_verifier_that_it_names():
             answers.append(route)
             expected.append(doors.judge(records[-1], route, f"s {i}"))
     assert verify(records, answers, [f"s {i}" for i in range(60)]) == expected
-
-
-@pytest.mark.parametrize(
-    "record, reason",
-    [
-        ({"verifier": "moves"}, "record r names the verifier 'moves'; choose one of math, doors"),
-        ({"verifier": "doors"}, "record r is not a problem of the doors task: '1 \\+ 1'; mend it"),
-    ],
-)
-def test_a_record_that_no_verifier_can_judge_is_refused_early(tmp_path, record, reason):
-    file = tmp_path / "p.jsonl"
-    file.write_text(json.dumps({"id": "r", "problem": "1 + 1", "answer": "2", **record}) + "\n")
-    with pytest.raises(SystemExit, match=reason):
-        load_gradable(str(file), lambda text: [1], 10, 0, 0)

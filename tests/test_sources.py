@@ -27,6 +27,7 @@ from data.sources import (
     unwrap,
 )
 from data.toy import make_tokenizer
+from data.verifiers import verify
 from model_utils import encode_prompt
 from plumbing.answers import last_box
 
@@ -182,11 +183,16 @@ def test_prompt_wrappers_are_stripped():
 
 
 def case(file, rows, **expected):
-    """A file, its rows and the records they become: `gsm8k_0=(problem, answer, solution)`."""
+    """A file, its rows and the records they become: `gsm8k_0=(problem, answer, solution)`.
+
+    Further fields may follow as a dict.
+    """
     fields = ("problem", "answer", "solution", "difficulty")
     records = []
     for id, values in expected.items():
-        records.append({"id": "-".join(id.rsplit("_", 1)), **dict(zip(fields, values))})
+        more = values[-1] if isinstance(values[-1], dict) else {}
+        named = dict(zip(fields, values[: len(values) - bool(more)]))
+        records.append({"id": "-".join(id.rsplit("_", 1)), **named, **more})
     return file, rows, records
 
 
@@ -225,6 +231,13 @@ MATH500 = {"problem": "q", "solution": "s", "answer": "\\pi", "subject": "Algebr
 AIME24 = {"id": 60, "problem": "q", "solution": "s", "answer": "025", "url": "u", "year": "2024"}
 OLYMPIAD = {"id": 1, "question": "q", "final_answer": ["$2$", "$-3$"], "is_multiple_answer": True}
 MMLU = {"question_id": 1, "question": "Which?", "options": list("abcdefghij"), "answer": "J"}
+LETTER = "Answer with the letter of the right option."
+OPTIONS = "\nA. $$1$$\nB.2 N\nC、3\nD. no"
+MMK12 = [
+    {"id": "x", "question": f"<image>{subject}?{OPTIONS}", "answer": "ABCD"[i], "subject": subject,
+     "image": {"bytes": b"no picture", "path": None}}
+    for i, subject in enumerate(("math", "physics", "Chemistry", "biology"))
+]  # fmt: skip
 MMLU_OPTIONS = "\n".join(f"({x.upper()}) {x}" for x in "abcdefghij")
 
 CASES = {
@@ -295,11 +308,22 @@ CASES = {
         [{**OLYMPIAD, "unit": None}],
         olympiadbench_0=("q", r"\{2, -3\}"),
     ),
+    **{
+        f"mmk12_{subject.lower()}": case(
+            "data/test-00000-of-00001.parquet",
+            MMK12,
+            **{f"mmk12_{subject.lower()}_{i}": (
+                f"{subject}?{OPTIONS}\n\n{LETTER}", "ABCD"[i], {"verifier": "choice"}
+            )},
+        )  # fmt: skip
+        for i, subject in enumerate(("physics", "Chemistry", "biology"), 1)
+    },
     "mmlu_pro": case(
         "data/test-00000-of-00001.parquet",
         [{**MMLU, "answer_index": 9, "category": "physics"}],
         mmlu_pro_0=(
-            f"Which?\n\n{MMLU_OPTIONS}\n\nAnswer with the letter of the right option.", "J"
+            f"Which?\n\n{MMLU_OPTIONS}\n\n{LETTER}", "J",
+            {"verifier": "choice", "options": list("abcdefghij")},
         ),
     ),
 }
@@ -357,7 +381,26 @@ def test_gpqa_options_are_shuffled_the_same_way_every_time(tmp_path):
     records = load_records(f"gpqa_diamond={tmp_path}")
     assert records == load_records(f"gpqa_diamond={tmp_path}")
     assert all(f"({r['answer']}) right\n" in r["problem"] for r in records)
-    assert len({r["answer"] for r in records}) == 4
+    letters = "".join(r["answer"] for r in records)
+    # Published figures depend on these orders: no later version may change them.
+    assert letters == "ABBCBCBCAACDAABBBAADDADCDBCACABDDADDCDCD"
+    right, wrong = (verify(records, [text] * 40, [""] * 40) for text in ("right", "w1"))
+    assert all(right) and not any(wrong)
+
+
+def test_science_is_graded_by_its_options_and_bad_rows_are_left_out(tmp_path, capsys):
+    rows = [{**MMK12[1], "answer": answer} for answer in ("B", "BD", "2 N", "E")]
+    store(tmp_path, "data/test-00000-of-00001.parquet", rows)
+    name = f"mmk12_physics={tmp_path}"
+    records = load_gradable(name, lambda text: [1], max_prompt_tokens=9, limit=0, seed=0)
+    first = "(first: mmk12_physics-1, 'BD' names no option (A to D))"
+    assert f"2 of 4 records left out, because their answers cannot be graded {first}" in (
+        capsys.readouterr().out
+    )
+    assert [r["id"] for r in records] == ["mmk12_physics-0", "mmk12_physics-2"]
+    for answer, right in {"(B)": True, "B. 2 N": True, "2 N": True, "$$1$$": False}.items():
+        assert verify(records, [answer] * 2, ["", ""]) == [right, right]
+    assert parse_name("FanqingM/MMK12") is None  # three names share it
 
 
 def test_every_name_of_the_documentation_is_covered():
