@@ -7,6 +7,8 @@ and salt give the same verdict, always.
 """
 
 from data import doors
+from data.code import code
+from data.code import refusal as code_refusal
 from plumbing.answers import grade
 
 DEFAULT = "math"
@@ -23,7 +25,7 @@ def chance(records: list[dict], answers: list, salts: list[str], evaluated: bool
     return [doors.judge(*one) for one in zip(records, answers, salts)]
 
 
-VERIFIERS = {"math": math, "doors": chance}
+VERIFIERS = {"math": math, "doors": chance, "code": code}
 
 
 def refusal(record: dict) -> str | None:
@@ -36,7 +38,7 @@ def refusal(record: dict) -> str | None:
             doors.doors_of(record["problem"])
         except ValueError as error:
             return f"is {error}; mend it, or leave its verifier out"
-    return None
+    return code_refusal(record) if name == "code" else None
 
 
 def verify(

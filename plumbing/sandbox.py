@@ -29,6 +29,7 @@ import gc
 import importlib
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -134,9 +135,10 @@ def encode(value):
     """
     if value is None or isinstance(value, (bool, str)):
         return value
-    for kind in (int, float):
-        if isinstance(value, kind):
-            return kind(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):  # JSON has no infinities
+        return float(value) if math.isfinite(value) else {"<float>": str(float(value))}
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     if isinstance(value, dict):
@@ -409,9 +411,11 @@ def keep():
     order = dict(code=PROOF, fn="proof", before="", literal=False, cpu=10.0)
     why, output, _ = run(order, [[]])
     if (why, output.strip()) != ("ok", json.dumps([True] * 10)):
-        found = f"({why}, {output.strip()[:100]})"
-        sentence = f"this kernel does not confine programs {found}: use one that has seccomp filters"
-        write_all(replies, sentence.encode() + b"\n")
+        sentence = (
+            f"this kernel does not confine programs ({why}, {output.strip()[:100]}): use one that "
+            "has seccomp filters\n"
+        )
+        write_all(replies, sentence.encode())
         sys.exit(1)
     write_all(replies, READY)
     while True:
