@@ -653,7 +653,7 @@ def with_usable_golds(name: str, problems: list[dict]) -> list[dict]:
 
 
 def without_failing_golds(name: str, problems: list[dict]) -> list[dict]:
-    """The problems but those whose own programs fail their tests. A collective, as it takes long."""
+    """The problems but those whose own programs fail their tests. A collective."""
     tried = [problem for problem in problems if "golds" in problem]
     if not tried:
         return problems
