@@ -2,7 +2,7 @@ r"""How fast are programs judged, and what do hostile ones achieve?
 
     python -m bench.rewards            # everything, some minutes on 2 cores
     python -m bench.rewards --small    # a tenth of the programs, a second of CPU time for each
-    python -m bench.rewards --user 65534    # as another user (root only), for instance nobody
+    python -m bench.rewards --user 65534    # as another user, who must be able to read Python
 
 It prints one table and writes nothing. For mathematics see bench/grading.py.
 
@@ -244,9 +244,10 @@ HOSTILE = {
 
 # Those that use up their time: a test takes few of them.
 TAKES_TIME = """fork bomb, errors caught|vfork and clone by hand|endless loop|endless sleep|
-deadlock|waits for a thread that waits|ignores all signals|one huge number|endless regular expression|
-memory bomb|memory bomb, errors caught|thread bomb|output flood|error flood|reads for ever|
-closes its output, then hangs|endless recursion""".replace("\n", "").split("|")
+deadlock|waits for a thread that waits|ignores all signals|one huge number|
+endless regular expression|memory bomb|memory bomb, errors caught|thread bomb|output flood|
+error flood|reads for ever|closes its output, then hangs|endless recursion""".replace("\n", "")
+TAKES_TIME = TAKES_TIME.split("|")
 assert set(TAKES_TIME) <= set(HOSTILE)
 
 

@@ -73,8 +73,7 @@ class Worker:
         """
         for left in reversed(range(1 + RETRIES)):
             if not self.ready and wait([self], START_SECONDS):
-                # Read this line only: the death of an idle fork may be reported behind it.
-                self.ready = os.read(self.fileno(), len(READY)) == READY
+                self.ready = self.greeting() == READY
             if self.ready:
                 return
             self.stop()
@@ -84,6 +83,10 @@ class Worker:
                     f"error above, and {self.remedy}"
                 )
             self.spawn()
+
+    def greeting(self) -> bytes:
+        # Read this line only: the death of an idle fork may be reported behind it.
+        return os.read(self.fileno(), len(READY))
 
     def send(self, request: list) -> bool:
         """False if the worker is gone. One request at a time fits into the pipe: none is lost."""

@@ -268,17 +268,14 @@ sandbox.keep()
 """
 
 
-@pytest.mark.parametrize("number", [257, 41, 62, 57, 22, 293])
+@pytest.mark.parametrize("number", [257, 41, 62, 56, 83, 87, 59])
 def test_a_keeper_whose_filter_lets_a_call_through_refuses_to_work(number):
-    """open, socket, kill, fork, pipe (libc may use pipe2)."""
+    """openat, socket, kill, clone, mkdir, unlink, execve."""
     class Broken(runner.Runner):
         command = [sys.executable, "-c",
                    BROKEN.format(folder=str(ROOT / "plumbing"), number=number)]
 
     worker = Broken({})
-    if number in (57, 22):  # libc calls clone and pipe2
-        worker.await_ready()
-        return worker.stop()
     with pytest.raises(RuntimeError, match="does not confine programs .*seccomp filters$"):
         worker.await_ready()
 
@@ -297,8 +294,7 @@ def test_other_machines_refuse_with_one_sentence(tmp_path, monkeypatch):
 
 
 AS_NOBODY = """
-import os, sys
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
+import os
 from plumbing import runner
 from bench.rewards import HONEST, HOSTILE
 names = ["fork bomb", "kills its parent", "openat by hand", "connects by hand", "endless sleep"]
@@ -310,10 +306,20 @@ print(os.getuid(), runner.passes([t for _, t in jobs], [c for c, _ in jobs]))
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_it_works_as_an_unprivileged_user():
-    options = dict(capture_output=True, text=True, cwd=ROOT, timeout=120)
-    result = subprocess.run([sys.executable, "-c", AS_NOBODY], **options)
-    if "Permission denied" in result.stderr:
-        pytest.skip("another user cannot read this folder")
+    nobody = dict(user=65534, group=65534, extra_groups=[], cwd=ROOT, timeout=120)
+    options = dict(capture_output=True, text=True, **nobody)
+
+    def can_be_used(python: str) -> bool:
+        probe = "import contextlib, sys, plumbing; assert sys.version_info >= (3, 11)"
+        try:
+            return subprocess.run([python, "-c", probe], **options).returncode == 0
+        except OSError:
+            return False
+
+    python = next(filter(can_be_used, [sys.executable, "/usr/bin/python3"]), None)
+    if python is None:
+        pytest.skip("the other user can read no Python here, or not this folder")
+    result = subprocess.run([python, "-c", AS_NOBODY], **options)
     expected = [True] * len(HONEST) + [False] * 5
     assert result.stdout.strip() == f"65534 {expected}", result.stderr
 
@@ -585,15 +591,15 @@ def test_formulas_are_trained_end_to_end(tmp_path, monkeypatch):
         script.main()
 
     base = tmp_path / "formulas"
-    call(formulas, f"--out {base} --sft 400 --train 60 --test 12")
-    flags = "--epochs 1 --lr 5e-3 --batch_size 20 --eval_every 0 --warmup_steps 3"
+    call(formulas, f"--out {base} --sft 1200 --train 60 --test 12")
+    flags = "--epochs 1 --lr 5e-3 --batch_size 20 --eval_every 0 --warmup_steps 5"
     call(sft, f"--model {base}/model --data {base}/sft.jsonl --out {base}/sft {flags}")
     runner.stats(reset=True)
     flags = "--steps 2 --questions 4 --max_prompt_tokens 60 --max_completion_tokens 60"
     call(grpo, f"--model {base}/sft/model --data {base}/train.jsonl --out {base}/rl {flags} "
          f"--max_plan_tokens 12 --eval_data {base}/validation.jsonl --eval_size 8 --eval_every 2")
     stats = runner.stats(reset=True)
-    assert stats["graded"] == 2 * 4 * 12 + 8 and stats["judged"] > 0
+    assert stats["graded"] == 2 * 4 * 12 + 2 * 8 and stats["judged"] > 0
     seen = 0
     steps = [json.loads(line) for line in (base / "rl/rollouts.jsonl").read_text().splitlines()]
     tests = {json.loads(line)["id"]: json.loads(line)["tests"]
