@@ -38,29 +38,42 @@ READ = "a, b = map(int, input().split())\n"
 HONEST = {
     "input()": (READ + "print(a + b)", SUM),
     "open(0)": ("print(sum(map(int, open(0).read().split())))", SUM),
-    "stdin.buffer": (
-        "import sys\nprint(sum(map(int, sys.stdin.buffer.readline().split())))", SUM),
+    "stdin.buffer": ("import sys\nprint(sum(map(int, sys.stdin.buffer.readline().split())))", SUM),
     "sys.exit at the end": (READ + "import sys\nprint(a + b)\nsys.exit(0)", SUM),
     "exit() at the end": (READ + "print(a + b)\nexit()", SUM),
     "main guard": (
-        f"def main():\n    {READ}    print(a + b)\nif __name__ == '__main__':\n    main()", SUM),
+        f"def main():\n    {READ}    print(a + b)\nif __name__ == '__main__':\n    main()",
+        SUM,
+    ),
     "thread with a large stack": (
         "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\n"
         "def main():\n    a, b = map(int, input().split())\n    print(a + b)\n"
-        "threading.Thread(target=main).start()", SUM),
+        "threading.Thread(target=main).start()",
+        SUM,
+    ),
     "output at exit": (
-        READ + "import atexit, os\natexit.register(lambda: os.write(1, str(a + b).encode()))", SUM),
+        READ + "import atexit, os\natexit.register(lambda: os.write(1, str(a + b).encode()))",
+        SUM,
+    ),
     "output in a buffer": (
         READ + "import io, sys\nout = io.StringIO()\nreal, sys.stdout = sys.stdout, out\n"
-        "print(a + b)\nreal.write(out.getvalue())\nreal.flush()", SUM),
+        "print(a + b)\nreal.write(out.getvalue())\nreal.flush()",
+        SUM,
+    ),
     "numbers as floats": (READ + "print(float(a + b))", SUM),
     "deep recursion": (
-        "import sys\nsys.setrecursionlimit(10**6)\n" + READ +
-        "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(a + b + f(50000) - 50000)", SUM),
+        "import sys\nsys.setrecursionlimit(10**6)\n"
+        + READ
+        + "def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(a + b + f(50000) - 50000)",
+        SUM,
+    ),
     "many imports": (
         "import numbers, heapq, bisect, string, decimal, fractions, typing, dataclasses, enum\n"
         "from collections import *\nfrom functools import lru_cache, cmp_to_key\n"
-        + READ + "print(a + b)", SUM),
+        + READ
+        + "print(a + b)",
+        SUM,
+    ),
     "sleeps": ("import time\ntime.sleep(30)\n" + READ + "print(a + b)", SUM),
     "prints in a function": ("def add(a, b):\n    print('adding')\n    return a + b", ADD),
     "class Solution": ("class Solution:\n    def add(self, a, b):\n        return a + b", ADD),
@@ -75,171 +88,265 @@ CTYPES = "import ctypes\nlibc = ctypes.CDLL(None)\n"
 HOSTILE = {
     # Forging verdicts
     "prints verdicts": ("print('PASS')\nprint('OK')\nprint('right')\nprint('true')", SUM),
-    "prints a protocol's reply": ("print('[\"ok\", \"7\", 0]')", SUM),
+    "prints a protocol's reply": ('print(\'["ok", "7", 0]\')', SUM),
     "right first line only": (READ + "print(a + b if a == 3 else '')", SUM),
     "no output": ("pass", SUM),
     "all likely answers": ("for i in range(100): print(i)", SUM),
     "always equal object": (
         "class T:\n    def __eq__(self, o): return True\n    __hash__ = None\n"
-        "def add(a, b): return T()", ADD),
+        "def add(a, b): return T()",
+        ADD,
+    ),
     "always equal int": (
         "class T(int):\n    def __eq__(self, o): return True\n    def __hash__(self): return 0\n"
-        "def add(a, b): return T(0)", ADD),
+        "def add(a, b): return T(0)",
+        ADD,
+    ),
     "always equal str, list, float": (
         "class T(list):\n    def __eq__(self, o): return True\n    def __len__(self): return 0\n"
-        "def add(a, b): return T()", ADD),
+        "def add(a, b): return T()",
+        ADD,
+    ),
     "nan": ("def add(a, b): return float('nan')", ADD),
     "signalling NaN": (READ + "print('sNaN')", SUM),
     "infinite numbers": (READ + "print('1e999999999999999999')", SUM),
-    "patches json.dumps": ("import json\njson.dumps = lambda *a, **k: '7'\ndef add(a, b): return 0",
-                           ADD),
+    "patches json.dumps": (
+        "import json\njson.dumps = lambda *a, **k: '7'\ndef add(a, b): return 0",
+        ADD,
+    ),
     "patches builtins": (
         "import builtins\nbuiltins.AssertionError = BaseException\nbuiltins.isinstance = "
-        "lambda *a: True\nbuiltins.all = lambda *a: True\ndef add(a, b): return 0", ADD),
+        "lambda *a: True\nbuiltins.all = lambda *a: True\ndef add(a, b): return 0",
+        ADD,
+    ),
     "patches the sandbox": (
         "import sys\nm = sys.modules['__main__']\nm.encode = lambda v: 7\n"
-        "m.find_function = lambda *a: (lambda *b: 7)\ndef add(a, b): return 0", ADD),
+        "m.find_function = lambda *a: (lambda *b: 7)\ndef add(a, b): return 0",
+        ADD,
+    ),
     "writes results itself": (
         "import os\nfor fd in range(16):\n    try: os.write(fd, b'7\\n8\\n')\n"
-        "    except OSError: pass\ndef add(a, b): return 0", ADD),
+        "    except OSError: pass\ndef add(a, b): return 0",
+        ADD,
+    ),
     "forges replies on every descriptor": (
-        "import os\nfor fd in range(64):\n    try: os.write(fd, b'[\"ok\", \"7\", 0]\\n')\n"
-        "    except OSError: pass", SUM),
+        'import os\nfor fd in range(64):\n    try: os.write(fd, b\'["ok", "7", 0]\\n\')\n'
+        "    except OSError: pass",
+        SUM,
+    ),
     "sys.exit(0)": ("import sys\nsys.exit(0)", SUM),
     "os._exit(0)": ("import os\nos._exit(0)", ADD),
     "SystemExit in the function": ("def add(a, b): raise SystemExit(0)", ADD),
     "right once, then exit": (
         "import os\nn = 0\ndef add(a, b):\n    global n\n    n += 1\n"
-        "    return a + b if n < 3 else os._exit(0)", ADD),
+        "    return a + b if n < 3 else os._exit(0)",
+        ADD,
+    ),
     "GeneratorExit": ("def add(a, b): raise GeneratorExit", ADD),
     # Looking for the expected outputs
     "walks frames": (
         "import sys\nf = sys._getframe()\nfound = []\nwhile f:\n    found += [v for k, v in "
         "f.f_locals.items() if 'output' in str(k)]\n    f = f.f_back\n"
-        "def add(a, b): return found[0] if found else None", ADD),
+        "def add(a, b): return found[0] if found else None",
+        ADD,
+    ),
     "searches all objects": (
         "import gc\nfound = [o for o in gc.get_objects() if isinstance(o, dict) and 'outputs' in "
-        "o]\ndef add(a, b): return found[0]['outputs'][0] if found else None", ADD),
+        "o]\ndef add(a, b): return found[0]['outputs'][0] if found else None",
+        ADD,
+    ),
     "reads the parent's memory": (
-        "import os\nprint(open(f'/proc/{{os.getppid()}}/mem', 'rb').read(10))", SUM),
-    "process_vm_readv": (CTYPES + "import os\nbuf = ctypes.create_string_buffer(8)\n"
-                         "iov = (ctypes.c_ulong * 2)(ctypes.addressof(buf), 8)\n"
-                         "print(libc.syscall(310, os.getppid(), iov, 1, iov, 1, 0))", SUM),
+        "import os\nprint(open(f'/proc/{{os.getppid()}}/mem', 'rb').read(10))",
+        SUM,
+    ),
+    "process_vm_readv": (
+        CTYPES + "import os\nbuf = ctypes.create_string_buffer(8)\n"
+        "iov = (ctypes.c_ulong * 2)(ctypes.addressof(buf), 8)\n"
+        "print(libc.syscall(310, os.getppid(), iov, 1, iov, 1, 0))",
+        SUM,
+    ),
     "ptrace": (CTYPES + "import os\nprint(libc.syscall(101, 16, os.getppid(), 0, 0))", SUM),
     "reads the source of the tests": (f"print(open({__file__!r}).read())", SUM),
     "reads the environment": ("import os\nprint(os.environ['BENCH_SECRET'])", SUM),
     "reads the parent's environment": (
-        "import os\nprint(open(f'/proc/{{os.getppid()}}/environ').read())", SUM),
+        "import os\nprint(open(f'/proc/{{os.getppid()}}/environ').read())",
+        SUM,
+    ),
     # Files
     "writes a file": ("open({mark!r}, 'w').write('x')", SUM),
     "writes into shared memory": ("open('/dev/shm/bench_rewards', 'w').write('x')", SUM),
     "makes a folder, a link, a pipe": (
         "import os\nfor call in (os.mkdir, os.mkfifo, lambda p: os.symlink('/', p)):\n"
-        "    try: call({mark!r})\n    except OSError: pass", SUM),
+        "    try: call({mark!r})\n    except OSError: pass",
+        SUM,
+    ),
     "removes a file": ("import os\nos.remove({victim!r})", SUM),
     "removes a tree": (
-        "import os, shutil\nshutil.rmtree(os.path.dirname({victim!r}), ignore_errors=True)", SUM),
+        "import os, shutil\nshutil.rmtree(os.path.dirname({victim!r}), ignore_errors=True)",
+        SUM,
+    ),
     "renames and truncates": (
         "import os\nfor call in (lambda: os.rename({victim!r}, {mark!r}), lambda: os.truncate("
         "{victim!r}, 0), lambda: os.chmod({victim!r}, 0)):\n    try: call()\n"
-        "    except OSError: pass", SUM),
+        "    except OSError: pass",
+        SUM,
+    ),
     "fills the disk": (
         "import os, tempfile\nwith tempfile.TemporaryFile() as f:\n"
-        "    while True: f.write(bytes(1 << 20))", SUM),
-    "memfd": (CTYPES + "fd = libc.syscall(319, b'x', 0)\nimport os\nos.write(fd, bytes(1 << 20))",
-              SUM),
-    "openat by hand": (CTYPES + "print(libc.syscall(257, -100, {mark!r}.encode(), 0o102, 0o600))",
-                       SUM),
+        "    while True: f.write(bytes(1 << 20))",
+        SUM,
+    ),
+    "memfd": (
+        CTYPES + "fd = libc.syscall(319, b'x', 0)\nimport os\nos.write(fd, bytes(1 << 20))",
+        SUM,
+    ),
+    "openat by hand": (
+        CTYPES + "print(libc.syscall(257, -100, {mark!r}.encode(), 0o102, 0o600))",
+        SUM,
+    ),
     "io_uring": (CTYPES + "print(libc.syscall(425, 8, 0))", SUM),
-    "writes what is open": ("import os\nfor fd in range(3, 256):\n"
-                            "    try: os.pwrite(fd, b'x' * 100, 0)\n    except OSError: pass", SUM),
+    "writes what is open": (
+        "import os\nfor fd in range(3, 256):\n"
+        "    try: os.pwrite(fd, b'x' * 100, 0)\n    except OSError: pass",
+        SUM,
+    ),
     # Sending
     "connects": ("import socket\nsocket.create_connection(('127.0.0.1', {port})).send(b'x')", SUM),
-    "sends a datagram": ("import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto("
-                         "b'x', ('127.0.0.1', {port}))", SUM),
-    "connects through _socket": ("import _socket\n_socket.socket(2, 1, 0).connect(('127.0.0.1', "
-                                 "{port}))", SUM),
-    "connects by hand": (CTYPES + "print(libc.syscall(41, 2, 1, 0), libc.syscall(53, 1, 1, 0, "
-                         "(ctypes.c_int * 2)()))", SUM),
+    "sends a datagram": (
+        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto("
+        "b'x', ('127.0.0.1', {port}))",
+        SUM,
+    ),
+    "connects through _socket": (
+        "import _socket\n_socket.socket(2, 1, 0).connect(('127.0.0.1', " "{port}))",
+        SUM,
+    ),
+    "connects by hand": (
+        CTYPES + "print(libc.syscall(41, 2, 1, 0), libc.syscall(53, 1, 1, 0, "
+        "(ctypes.c_int * 2)()))",
+        SUM,
+    ),
     # Processes
     "fork bomb": ("import os\nwhile True: os.fork()", SUM),
     "fork bomb, errors caught": (
-        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", SUM),
-    "daemon": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-               "        while True: time.sleep(1)", SUM),
-    "vfork and clone by hand": (CTYPES + "for call in ((57,), (58,), (56, 17, 0, 0, 0, 0), "
-                                "(435, 0, 0)): libc.syscall(*call)\nwhile True: pass", SUM),
-    "shell": ("import os, subprocess\nos.system('touch {mark}')\n"
-              "subprocess.run(['touch', {mark!r}])", SUM),
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        SUM,
+    ),
+    "daemon": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        while True: time.sleep(1)",
+        SUM,
+    ),
+    "vfork and clone by hand": (
+        CTYPES + "for call in ((57,), (58,), (56, 17, 0, 0, 0, 0), "
+        "(435, 0, 0)): libc.syscall(*call)\nwhile True: pass",
+        SUM,
+    ),
+    "shell": (
+        "import os, subprocess\nos.system('touch {mark}')\n" "subprocess.run(['touch', {mark!r}])",
+        SUM,
+    ),
     "exec": ("import os\nos.execv('/bin/sh', ['sh', '-c', 'touch {mark}'])", SUM),
-    "multiprocessing": ("import multiprocessing\np = multiprocessing.Process(target=print)\n"
-                        "p.start()", SUM),
+    "multiprocessing": (
+        "import multiprocessing\np = multiprocessing.Process(target=print)\n" "p.start()",
+        SUM,
+    ),
     "kills its parent": ("import os\nos.kill(os.getppid(), 9)", SUM),
     "kills its group and all": (
         "import os\nfor call in (lambda: os.kill(0, 9), lambda: os.kill(-1, 9), "
-        "lambda: os.killpg(0, 9)):\n    try: call()\n    except OSError: pass", SUM),
+        "lambda: os.killpg(0, 9)):\n    try: call()\n    except OSError: pass",
+        SUM,
+    ),
     "stops the keeper": ("import os, signal\nos.kill(os.getppid(), signal.SIGSTOP)", SUM),
     "SIGIO to its parent": (
         "import fcntl, os\nfcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())\nfcntl.fcntl(0, 10, 9)\n"
-        "fcntl.fcntl(0, fcntl.F_SETFL, 0o20000)", SUM),
+        "fcntl.fcntl(0, fcntl.F_SETFL, 0o20000)",
+        SUM,
+    ),
     "limits of its parent": (
-        "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))", SUM),
+        "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
+        SUM,
+    ),
     "limits of its parent, by hand": (
         CTYPES + "import os\nprint(libc.syscall(302, os.getppid(), 0, (ctypes.c_ulong * 2)(), 0))",
-        SUM),
+        SUM,
+    ),
     "undoes its confinement": (
-        CTYPES + "print(libc.prctl(22, 0, 0), libc.prctl(1, 0), libc.syscall(317, 1, 0, 0))", SUM),
+        CTYPES + "print(libc.prctl(22, 0, 0), libc.prctl(1, 0), libc.syscall(317, 1, 0, 0))",
+        SUM,
+    ),
     "namespaces": (CTYPES + "print(libc.unshare(0x10000000), libc.syscall(272, 0x20000))", SUM),
     "32-bit system call": (
         "import ctypes, mmap\nbuf = mmap.mmap(-1, 4096, prot=7)\n"
         "buf.write(bytes.fromhex('b814000000cd80c3'))\n"
-        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(buf)))()", SUM),
+        "ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(buf)))()",
+        SUM,
+    ),
     "x32 system call": (CTYPES + "print(libc.syscall(0x40000000 + 39))", SUM),
     # Time, memory and output
     "endless loop": ("while True: pass", SUM),
     "endless sleep": ("import time\nwhile True: time.sleep(10**6)", SUM),
     "deadlock": ("import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()", SUM),
     "waits for a thread that waits": (
-        "import threading\nt = threading.Thread(target=threading.Event().wait)\nt.start()", SUM),
+        "import threading\nt = threading.Thread(target=threading.Event().wait)\nt.start()",
+        SUM,
+    ),
     "ignores all signals": (
         "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
-        "    except (OSError, ValueError): pass\nwhile True: pass", SUM),
+        "    except (OSError, ValueError): pass\nwhile True: pass",
+        SUM,
+    ),
     "raises its own limits": (
-        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))", SUM),
+        "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6))",
+        SUM,
+    ),
     "one huge number": ("print(9**9**9)", SUM),
     "endless regular expression": ("import re\nre.match('(a+)+$', 'a' * 99 + 'b')", SUM),
     "memory bomb": ("x = []\nwhile True: x.append(bytearray(10**7))", SUM),
     "memory bomb, errors caught": (
-        "x = []\nwhile True:\n    try: x.append(bytearray(10**8))\n"
-        "    except MemoryError: pass", SUM),
+        "x = []\nwhile True:\n    try: x.append(bytearray(10**8))\n" "    except MemoryError: pass",
+        SUM,
+    ),
     "thread bomb": (
         "import threading\nfor _ in range(10**4):\n    try: threading.Thread(target=threading.Event"
-        "().wait, daemon=True).start()\n    except RuntimeError: pass\nwhile True: pass", SUM),
+        "().wait, daemon=True).start()\n    except RuntimeError: pass\nwhile True: pass",
+        SUM,
+    ),
     "output flood": ("while True: print('7' * 10000)", SUM),
     "error flood": ("import sys\nwhile True: sys.stderr.write('7' * 10000)", SUM),
     "reads for ever": ("while True:\n    try: input()\n    except EOFError: pass", SUM),
     "closes its output, then hangs": ("import os\nos.close(1)\nos.close(0)\nwhile True: pass", SUM),
     # Breaking the interpreter, or the judge
     "null pointer": ("import ctypes\nctypes.string_at(0)", SUM),
-    "endless recursion": ("import sys\nsys.setrecursionlimit(10**9)\n"
-                          "def f(n): return f(n + 1)\nprint(f(0))", SUM),
+    "endless recursion": (
+        "import sys\nsys.setrecursionlimit(10**9)\n" "def f(n): return f(n + 1)\nprint(f(0))",
+        SUM,
+    ),
     "recursion in C": ("x = ()\nfor _ in range(10**6): x = (x,)\ndel x\nprint(repr(0))", SUM),
     "deep program": ("print(" + "(" * 5000 + "7" + ")" * 5000 + ")", SUM),
     "long program": ("print(7)" + "#" * 100_000, SUM),
     "null bytes and surrogates": ("print(7)\0\ud800", SUM),
     "no program": ("It cannot be done.", SUM),
-    "deep JSON": ("def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
-                  ADD),
+    "deep JSON": (
+        "def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
+        ADD,
+    ),
     "JSON that lies about its depth": (
         "import os\nos.write(3, b'[' * 10**6 + b'\\n7\\n7\\n')\nos._exit(0)\n"
-        "def add(a, b): return 7", ADD),
+        "def add(a, b): return 7",
+        ADD,
+    ),
     "huge integer as a result": ("def add(a, b): return 10 ** 100000", ADD),
     "text that is no UTF-8": ("import os\nos.write(1, bytes(range(128, 256)))", SUM),
     "raises in its repr": (
-        "class E(Exception):\n    def __str__(self): raise self\nraise E()", SUM),
+        "class E(Exception):\n    def __str__(self): raise self\nraise E()",
+        SUM,
+    ),
     "replaces stdout with a trap": (
         "import sys\nclass T:\n    def __getattr__(self, n): raise KeyboardInterrupt\n"
-        "sys.stdout = T()", SUM),
+        "sys.stdout = T()",
+        SUM,
+    ),
 }
 
 # Those that use up their time: a test takes few of them.
@@ -331,15 +438,19 @@ def make_job(i: int, kind: str, seed: int) -> tuple[Job, bool]:
     rng = random.Random(f"{seed} {i}")
     wrong, lists = i % 10 in (2, 5, 8), []
     for _ in range(10):
-        lists.append([rng.randrange(-10**6, 10**6) for _ in range(rng.randint(20, 50))])
+        lists.append([rng.randrange(-(10**6), 10**6) for _ in range(rng.randint(20, 50))])
     what = "x[0]" if wrong else "x[len(x) // 2]"
     golds = [sorted(x)[len(x) // 2] for x in lists]
     if kind == "function":
-        code = (f"# {seed} {i}\ndef middle(x):\n    x = x if {wrong} else sorted(x)\n"
-                f"    return {what}")
+        code = (
+            f"# {seed} {i}\ndef middle(x):\n    x = x if {wrong} else sorted(x)\n"
+            f"    return {what}"
+        )
         return (code, {"fn": "middle", "inputs": [[x] for x in lists], "outputs": golds}), not wrong
-    code = (f"# {seed} {i}\nx = list(map(int, input().split()))\n"
-            f"x = x if {wrong} else sorted(x)\nprint({what})")
+    code = (
+        f"# {seed} {i}\nx = list(map(int, input().split()))\n"
+        f"x = x if {wrong} else sorted(x)\nprint({what})"
+    )
     inputs = [" ".join(map(str, x)) + "\n" for x in lists]
     return (code, {"inputs": inputs, "outputs": [f"{gold}\n" for gold in golds]}), not wrong
 

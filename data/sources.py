@@ -298,7 +298,7 @@ SOURCES = {
     ),
     "verifiable_code": Source(
         hub="open-r1/verifiable-coding-problems-python",
-        revision="main",
+        revision="db558678436c3c1275212172746e1dd67a990059",
         convert=code.verifiable,
         columns=(
             "problem_statement", "gold_standard_solution", "verification_info", "metadata",
@@ -306,14 +306,14 @@ SOURCES = {
     ),
     "taco": Source(
         hub="BAAI/TACO",
-        revision="refs/convert/parquet",  # main may hold a loading script
+        revision="d593ed0a2becbbc952230bb89be09189bf1056dc",
         convert=code.taco,
         columns=("question", "solutions", "starter_code", "input_output"),
         config="ALL",
     ),
     "livecodebench": Source(
         hub="livecodebench/code_generation_lite",
-        revision="main",
+        revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
         convert=code.livecodebench,
         columns=(
             "question_title", "question_content", "starter_code", "public_test_cases",
@@ -325,7 +325,7 @@ SOURCES = {
     ),
     "humaneval": Source(
         hub="openai/openai_humaneval",
-        revision="main",
+        revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
         convert=code.human_eval,
         columns=("prompt", "canonical_solution", "entry_point", "test"),
         split="test",
@@ -333,7 +333,7 @@ SOURCES = {
     ),
     "humanevalplus": Source(
         hub="evalplus/humanevalplus",
-        revision="main",
+        revision="d32357cf319e50e9c8d8dab5ea876c72b0fd321b",
         convert=code.human_eval,
         columns=("prompt", "canonical_solution", "entry_point", "test"),
         split="test",
@@ -341,7 +341,7 @@ SOURCES = {
     ),
     "mbppplus": Source(
         hub="evalplus/mbppplus",
-        revision="main",
+        revision="b2d74c91837c3f2a20c1299ae98133cbe7cfa077",
         convert=code.mbpp,
         columns=("code", "prompt", "test_imports", "test_list", "test"),
         split="test",

@@ -68,19 +68,19 @@ def test_text_is_compared_line_by_line(gold, out, verdict):
 
 
 VALUES = [
-    ([1, [2, "a"], None], "[1, [2, \"a\"], null]", True),
+    ([1, [2, "a"], None], '[1, [2, "a"], null]', True),
     ([1, 2], "[1, 2, 3]", False),
     ([1, 2], "[1]", False),
     (5, "5.0", True),
     (1, "true", True),  # as in Python
-    (1, "\"1\"", False),
+    (1, '"1"', False),
     (0.5, "0.5000004", True),
     (0.5, "0.50001", False),
     (1e9, "1000000010", True),
     (1.0, "1" + "0" * 400, False),  # too large for a float
     (5, "5.0000001", False),
-    ({"a": 1}, "{\"a\": 1, \"b\": 2}", False),
-    ({"a": [1.0]}, "{\"a\": [1]}", True),
+    ({"a": 1}, '{"a": 1, "b": 2}', False),
+    ({"a": [1.0]}, '{"a": [1]}', True),
     ([], "{}", False),
     (7, "[" * 100_000, False),
     (7, "7\n7", False),
@@ -95,8 +95,11 @@ def test_results_are_compared_as_values(gold, out, verdict):
 
 def test_values_beyond_json_keep_what_makes_them_differ():
     pairs = [
-        ((1, [2]), [1, [2]]), ({1, 2}, {"<set>": [1, 2]}), ({2: "b", 1: "a"}, {1: "a", 2: "b"}),
-        (Counter("aab"), {"b": 1, "a": 2}), (3 + 4j, {"<complex>": [3.0, 4.0]}),
+        ((1, [2]), [1, [2]]),
+        ({1, 2}, {"<set>": [1, 2]}),
+        ({2: "b", 1: "a"}, {1: "a", 2: "b"}),
+        (Counter("aab"), {"b": 1, "a": 2}),
+        (3 + 4j, {"<complex>": [3.0, 4.0]}),
         (float("inf"), {"<float>": "inf"}),
     ]
     for value, other in pairs:
@@ -106,7 +109,10 @@ def test_values_beyond_json_keep_what_makes_them_differ():
     with pytest.raises(TypeError, match="a object is not plain data"):
         encode([object()])
     assert eval_literal("[(1, 2), {3}, -inf, {'a': inf}]") == [
-        (1, 2), {3}, float("-inf"), {"a": float("inf")}
+        (1, 2),
+        {3},
+        float("-inf"),
+        {"a": float("inf")},
     ]
     with pytest.raises(ValueError):
         eval_literal("[__import__('os')]")
@@ -117,8 +123,9 @@ def test_values_beyond_json_keep_what_makes_them_differ():
 
 
 def test_honest_programs_pass_in_every_form():
-    verdicts = runner.passes([tests for _, tests in HONEST.values()],
-                             [program for program, _ in HONEST.values()])
+    verdicts = runner.passes(
+        [tests for _, tests in HONEST.values()], [program for program, _ in HONEST.values()]
+    )
     assert dict(zip(HONEST, verdicts)) == dict.fromkeys(HONEST, True)
 
 
@@ -194,21 +201,26 @@ def add(a, b):
 
 def test_wrong_solutions_end_at_their_first_test(monkeypatch):
     runs, real = [], runner.Runner.next_input
-    monkeypatch.setattr(runner.Runner, "next_input",
-                        lambda self: runs.append(self.at) or real(self))
+    monkeypatch.setattr(
+        runner.Runner, "next_input", lambda self: runs.append(self.at) or real(self)
+    )
     assert not right("print(7 if input() == '3 4' else 0)", SUM)
     assert runs == [0, 1]
 
 
 def test_a_program_gets_the_same_verdict_every_time():
-    program = ("import random\nwords = {str(i) for i in range(50)}\n"
-               "print(*words, random.random(), hash('a'))")
+    program = (
+        "import random\nwords = {str(i) for i in range(50)}\n"
+        "print(*words, random.random(), hash('a'))"
+    )
     outputs = set()
     for _ in range(2):
         runner.pool.drop(*runner.pool.workers)
         tests = {"fn": "f", "inputs": [[]]}
-        shown = f"def f():\n    import io, contextlib\n    out = io.StringIO()\n    with " \
+        shown = (
+            f"def f():\n    import io, contextlib\n    out = io.StringIO()\n    with "
             f"contextlib.redirect_stdout(out): exec({program!r})\n    return out.getvalue()"
+        )
         outputs.add(runner.results(tests, shown)[0])
     assert len(outputs) == 1
 
@@ -271,9 +283,13 @@ sandbox.keep()
 @pytest.mark.parametrize("number", [257, 41, 62, 56, 83, 87, 59])
 def test_a_keeper_whose_filter_lets_a_call_through_refuses_to_work(number):
     """openat, socket, kill, clone, mkdir, unlink, execve."""
+
     class Broken(runner.Runner):
-        command = [sys.executable, "-c",
-                   BROKEN.format(folder=str(ROOT / "plumbing"), number=number)]
+        command = [
+            sys.executable,
+            "-c",
+            BROKEN.format(folder=str(ROOT / "plumbing"), number=number),
+        ]
 
     worker = Broken({})
     with pytest.raises(RuntimeError, match="does not confine programs .*seccomp filters$"):
@@ -352,7 +368,10 @@ def test_records_name_the_verifier_and_others_are_judged_beside_them():
     ]
     good = "```python\ndef add(a, b):\n    return a + b\n```"
     assert verify(records, [good, "2", good.replace("+", "-"), None], [""] * 4) == [
-        True, True, False, False
+        True,
+        True,
+        False,
+        False,
     ]
     stats = runner.stats()
     assert (stats["right"], stats["wrong"], stats["no_answer"], stats["graded"]) == (1, 1, 1, 3)
@@ -398,16 +417,25 @@ def test_verifiable_coding_problems(tmp_path):
     cases = [{**case, "input": "3 4\n", "output": "7"}, {**case, "input": "1 1", "output": "2\n"}]
     info = {"language": "python", "test_cases": cases}
     about = {"difficulty": "EASY", "time_limit": 2.0, "memory_limit": None}
-    row = {"problem_statement": "Add.", "gold_standard_solution": HONEST["input()"][0],
-           "verification_info": info, "metadata": about, "source": "x", "problem_id": "1"}
+    row = {
+        "problem_statement": "Add.",
+        "gold_standard_solution": HONEST["input()"][0],
+        "verification_info": info,
+        "metadata": about,
+        "source": "x",
+        "problem_id": "1",
+    }
     call = dict(type="function_call", fn_name="add")
     named = [{**call, "input": [3, 4], "output": [7]}, {**call, "input": [1, 1], "output": [2]}]
     rows = [
         row,
         {**row, "problem_statement": "Broken.", "gold_standard_solution": "print(1)"},
         {**row, "problem_statement": "C.", "verification_info": {**info, "language": "c"}},
-        {**row, "problem_statement": "Mixed.",
-         "verification_info": {**info, "test_cases": cases + named}},
+        {
+            **row,
+            "problem_statement": "Mixed.",
+            "verification_info": {**info, "test_cases": cases + named},
+        },
     ]
     folder = write(tmp_path / "set", "train.jsonl", rows)
     dropped = Counter()
@@ -429,9 +457,13 @@ def test_verifiable_coding_problems(tmp_path):
 def test_golds_that_fail_are_left_out_of_training_and_counted(tmp_path, capsys):
     bad = "def add(a, b): return a - b"
     rows = [
-        {"question": f"Add {i}.", "starter_code": "", "difficulty": "EASY",
-         "solutions": json.dumps([bad, bad, good]),
-         "input_output": json.dumps({"fn_name": "add", "inputs": [[3, 4]], "outputs": [[7]]})}
+        {
+            "question": f"Add {i}.",
+            "starter_code": "",
+            "difficulty": "EASY",
+            "solutions": json.dumps([bad, bad, good]),
+            "input_output": json.dumps({"fn_name": "add", "inputs": [[3, 4]], "outputs": [[7]]}),
+        }
         for i, good in enumerate(["def add(a, b): return a + b", bad])
     ]
     rows.append({**rows[0], "question": "No golds.", "solutions": "[]"})
@@ -459,13 +491,24 @@ def test_livecodebench_by_release(tmp_path):
 
     public = json.dumps([{"input": "1 2", "output": "3", "testtype": "stdin"}])
     private = [{"input": "5 6\n", "output": "11\n", "testtype": "stdin"}]
-    row = {"question_title": "Sum", "question_content": "Add.", "starter_code": "",
-           "public_test_cases": public, "private_test_cases": packed(json.dumps(private)),
-           "metadata": "{}", "platform": "x", "difficulty": "easy"}
+    row = {
+        "question_title": "Sum",
+        "question_content": "Add.",
+        "starter_code": "",
+        "public_test_cases": public,
+        "private_test_cases": packed(json.dumps(private)),
+        "metadata": "{}",
+        "platform": "x",
+        "difficulty": "easy",
+    }
     calls = [{"input": "[1, 2]\n3", "output": "[4, 5]", "testtype": "functional"}]
-    method = {**row, "public_test_cases": json.dumps(calls), "private_test_cases": "[]",
-              "metadata": json.dumps({"func_name": "shift"}),
-              "starter_code": "class Solution:\n    def shift(self, x: List[int], k: int): ..."}
+    method = {
+        **row,
+        "public_test_cases": json.dumps(calls),
+        "private_test_cases": "[]",
+        "metadata": json.dumps({"func_name": "shift"}),
+        "starter_code": "class Solution:\n    def shift(self, x: List[int], k: int): ...",
+    }
     evil = {**row, "private_test_cases": packed(Evil())}
     folder = write(tmp_path / "lcb", "test.jsonl", [row, evil])
     write(tmp_path / "lcb", "test2.jsonl", [method])
@@ -475,8 +518,10 @@ def test_livecodebench_by_release(tmp_path):
     assert records[0]["tests"]["outputs"] == ["3", "11\n"]
     one, other = load_records(f"livecodebench:v2={folder}")
     assert one == records[0] and other["tests"]["inputs"] == [[[1, 2], 3]]
-    solution = "class Solution:\n    def shift(self, x: List[int], k: int) -> List[int]:\n" \
+    solution = (
+        "class Solution:\n    def shift(self, x: List[int], k: int) -> List[int]:\n"
         "        return tuple(y + k for y in x)"
+    )
     assert judged([one, other], [HONEST["input()"][0], solution]) == [True, True]
     with pytest.raises(SystemExit, match="its splits are v1, v2"):
         load_records(f"livecodebench:v9={folder}")
@@ -495,17 +540,25 @@ def assertion(out, exp, atol):
 
 
 def test_human_eval_and_its_plus(tmp_path):
-    prompt = "from typing import List\n\n\ndef mean(xs: List[int]):\n    \"\"\"Mean.\"\"\"\n"
-    row = {"task_id": "HumanEval/0", "prompt": prompt, "entry_point": "mean",
-           "canonical_solution": "    return sum(xs) / len(xs)\n"}
-    plain = ("\n\nMETADATA = {}\n\n\ndef check(candidate):\n    import random\n"
-             "    assert candidate([1, 2]) == 1.5\n    assert abs(candidate([1]) - 1) < 1e-6\n"
-             "    for i in range(5):\n        x = random.randint(0, 9)\n"
-             "        assert candidate([x, x]) == x\n")
-    plus = PLUS + ("def check(candidate):\n    inputs = [[[1, 2]], [[inf]], [[3, 4, 5]]]\n"
-                   "    results = [1.5, inf, 4.0]\n"
-                   "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
-                   "        assertion(candidate(*inp), exp, 0)\n")
+    prompt = 'from typing import List\n\n\ndef mean(xs: List[int]):\n    """Mean."""\n'
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": prompt,
+        "entry_point": "mean",
+        "canonical_solution": "    return sum(xs) / len(xs)\n",
+    }
+    plain = (
+        "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    import random\n"
+        "    assert candidate([1, 2]) == 1.5\n    assert abs(candidate([1]) - 1) < 1e-6\n"
+        "    for i in range(5):\n        x = random.randint(0, 9)\n"
+        "        assert candidate([x, x]) == x\n"
+    )
+    plus = PLUS + (
+        "def check(candidate):\n    inputs = [[[1, 2]], [[inf]], [[3, 4, 5]]]\n"
+        "    results = [1.5, inf, 4.0]\n"
+        "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+        "        assertion(candidate(*inp), exp, 0)\n"
+    )
     computed = plus.replace("    results = [1.5, inf, 4.0]\n", "")
     roots = plus.replace("assertion(candidate(*inp), exp, 0)", "assert _poly(*inp) <= 0.0001")
     texts = [plain, plus, computed, roots, plain.replace("1.5", "1.6")]
@@ -526,21 +579,26 @@ def test_human_eval_and_its_plus(tmp_path):
 
 
 def test_mbpp_plus_keeps_tuples_and_sets(tmp_path):
-    row = {"task_id": 2, "prompt": "Join and intersect.", "source_file": "x", "test_imports": [],
-           "test_list": ["assert both((1, 2), {2}) == ((1, 2, 9), {2})"],
-           "code": "def helper(a): return a + (9,)\ndef both(a, b): return helper(a), b & set(a)",
-           "test": PLUS + "inputs = [[(1, 2), {2}], [(), set()]]\n"
-           "results = [((1, 2, 9), {2}), ((9,), set())]\n"
-           "for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
-           "    assertion(both(*inp), exp, 0)\n"}
+    row = {
+        "task_id": 2,
+        "prompt": "Join and intersect.",
+        "source_file": "x",
+        "test_imports": [],
+        "test_list": ["assert both((1, 2), {2}) == ((1, 2, 9), {2})"],
+        "code": "def helper(a): return a + (9,)\ndef both(a, b): return helper(a), b & set(a)",
+        "test": PLUS + "inputs = [[(1, 2), {2}], [(), set()]]\n"
+        "results = [((1, 2, 9), {2}), ((9,), set())]\n"
+        "for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+        "    assertion(both(*inp), exp, 0)\n",
+    }
     folder = write(tmp_path / "mbpp", "test.jsonl", [row])
     records = load_records(f"mbppplus={folder}")
     assert "It must pass: assert both(" in records[0]["problem"]
-    assert records[0]["tests"]["outputs"] == [
-        [[1, 2, 9], {"<set>": [2]}], [[9], {"<set>": []}]
+    assert records[0]["tests"]["outputs"] == [[[1, 2, 9], {"<set>": [2]}], [[9], {"<set>": []}]]
+    others = [
+        "def both(a, b): return a + (9,), set(a) - (set(a) - b)",
+        "def both(a, b): return a + (9,), list(set(a) & b)",
     ]
-    others = ["def both(a, b): return a + (9,), set(a) - (set(a) - b)",
-              "def both(a, b): return a + (9,), list(set(a) & b)"]
     assert judged(records * 3, [row["code"], *others]) == [True, True, False]
 
 
@@ -569,9 +627,11 @@ def test_formulas_are_told_apart_by_the_values_shown():
         outputs = record["tests"]["outputs"]
         assert len(shown) == 4 and all(outputs[int(x)] == int(y) for x, y in shown.items())
         fitting = [
-            formulas.program(kind, a, b) for kind in formulas.KINDS for a in range(10)
-            for b in range(10) if all(formulas.value(kind, a, b, int(x)) == int(y)
-                                      for x, y in shown.items())
+            formulas.program(kind, a, b)
+            for kind in formulas.KINDS
+            for a in range(10)
+            for b in range(10)
+            if all(formulas.value(kind, a, b, int(x)) == int(y) for x, y in shown.items())
         ]
         assert len(fitting) == 1 and passes_by_hand(fitting[0], record["tests"])
         careless += record["program"] != fitting[0]
@@ -591,19 +651,24 @@ def test_formulas_are_trained_end_to_end(tmp_path, monkeypatch):
         script.main()
 
     base = tmp_path / "formulas"
-    call(formulas, f"--out {base} --sft 1200 --train 60 --test 12")
+    call(formulas, f"--out {base} --sft 800 --train 60 --test 12")
     flags = "--epochs 1 --lr 5e-3 --batch_size 20 --eval_every 0 --warmup_steps 5"
     call(sft, f"--model {base}/model --data {base}/sft.jsonl --out {base}/sft {flags}")
     runner.stats(reset=True)
     flags = "--steps 2 --questions 4 --max_prompt_tokens 60 --max_completion_tokens 60"
-    call(grpo, f"--model {base}/sft/model --data {base}/train.jsonl --out {base}/rl {flags} "
-         f"--max_plan_tokens 12 --eval_data {base}/validation.jsonl --eval_size 8 --eval_every 2")
+    call(
+        grpo,
+        f"--model {base}/sft/model --data {base}/train.jsonl --out {base}/rl {flags} "
+        f"--max_plan_tokens 12 --eval_data {base}/validation.jsonl --eval_size 8 --eval_every 2",
+    )
     stats = runner.stats(reset=True)
     assert stats["graded"] == 2 * 4 * 12 + 2 * 8 and stats["judged"] > 0
     seen = 0
     steps = [json.loads(line) for line in (base / "rl/rollouts.jsonl").read_text().splitlines()]
-    tests = {json.loads(line)["id"]: json.loads(line)["tests"]
-             for line in (base / "train.jsonl").read_text().splitlines()}
+    tests = {
+        json.loads(line)["id"]: json.loads(line)["tests"]
+        for line in (base / "train.jsonl").read_text().splitlines()
+    }
     for question in steps:
         for completion in (one for plan in question["plans"] for one in plan["completions"]):
             parsed = parse_completion(completion["text"])
@@ -613,7 +678,10 @@ def test_formulas_are_trained_end_to_end(tmp_path, monkeypatch):
                 seen += 1
                 assert completion["correct"] == by_hand
     assert seen > 10
-    call(evaluation, f"--model {base}/rl/model --data {base}/test.jsonl --out {base}/eval --n 2 "
-         "--max_prompt_tokens 60 --max_completion_tokens 60")
+    call(
+        evaluation,
+        f"--model {base}/rl/model --data {base}/test.jsonl --out {base}/eval --n 2 "
+        "--max_prompt_tokens 60 --max_completion_tokens 60",
+    )
     assert runner.stats()["graded"] == 24
     shutil.rmtree(base)
