@@ -15,6 +15,8 @@
     decoder     KV cache, prefill, decode steps, CUDA graphs
     answers     is an answer right, can a gold be graded, does a plan give the answer away
     grader      math-verify in bounded worker processes
+    runner      programs and their tests: the judge's side
+    sandbox     programs and their tests: processes that may only compute
     teacher     a teacher on an OpenAI-compatible server
     intervals   confidence intervals and a paired test
 """
