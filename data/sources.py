@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data import toy, verifiers
+from data import code, toy, verifiers
 from data.choice import LETTERS
 from data.overlap import Overlap
 from plumbing import grader
@@ -203,6 +203,7 @@ class Source(NamedTuple):
     config: str | None = None
     split: str = "train"  # unless the name gives one
     benchmark: bool = False  # evaluation sets keep every problem, training sets lose duplicates
+    files: dict[str, list[str]] | None = None  # of each split, as JSON lines: read without a script
 
 
 # The columns are those of the data sets' cards. A revision is the commit that is loaded.
@@ -314,6 +315,57 @@ SOURCES = {
         split="test",
         benchmark=True,
     ),
+    "verifiable_code": Source(
+        hub="open-r1/verifiable-coding-problems-python",
+        revision="db558678436c3c1275212172746e1dd67a990059",
+        convert=code.verifiable,
+        columns=(
+            "problem_statement", "gold_standard_solution", "verification_info", "metadata",
+        ),
+    ),
+    "taco": Source(
+        hub="BAAI/TACO",
+        revision="d593ed0a2becbbc952230bb89be09189bf1056dc",
+        convert=code.taco,
+        columns=("question", "solutions", "starter_code", "input_output"),
+        config="ALL",
+    ),
+    "livecodebench": Source(
+        hub="livecodebench/code_generation_lite",
+        revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505",
+        convert=code.livecodebench,
+        columns=(
+            "question_title", "question_content", "starter_code", "public_test_cases",
+            "private_test_cases", "metadata",
+        ),
+        split="v6",
+        benchmark=True,
+        files=code.RELEASES,
+    ),
+    "humaneval": Source(
+        hub="openai/openai_humaneval",
+        revision="7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        convert=code.human_eval,
+        columns=("prompt", "canonical_solution", "entry_point", "test"),
+        split="test",
+        benchmark=True,
+    ),
+    "humanevalplus": Source(
+        hub="evalplus/humanevalplus",
+        revision="d32357cf319e50e9c8d8dab5ea876c72b0fd321b",
+        convert=code.human_eval,
+        columns=("prompt", "canonical_solution", "entry_point", "test"),
+        split="test",
+        benchmark=True,
+    ),
+    "mbppplus": Source(
+        hub="evalplus/mbppplus",
+        revision="b2d74c91837c3f2a20c1299ae98133cbe7cfa077",
+        convert=code.mbpp,
+        columns=("code", "prompt", "test_imports", "test_list", "test"),
+        split="test",
+        benchmark=True,
+    ),
 } | {
     f"mmk12_{subject}": Source(
         hub="FanqingM/MMK12",
@@ -378,9 +430,30 @@ def open_table(name: Name):
     return table
 
 
+def open_lines(name: Name) -> Iterator[dict]:
+    """The rows of a data set whose files are JSON lines, one at a time: a row may be 100 MB."""
+    source = SOURCES[name.source]
+    if name.split not in source.files:
+        raise ValueError(f"its splits are {', '.join(source.files)}")
+    for file in source.files[name.split]:
+        path = Path(name.folder) / file
+        if not name.folder:
+            from huggingface_hub import hf_hub_download
+
+            options = dict(repo_type="dataset", revision=source.revision)
+            path = hf_hub_download(source.hub, file, **options)
+        with open(path) as lines:
+            for line in lines:
+                row = json.loads(line)
+                yield {column: row[column] for column in source.columns if column in row}
+
+
 def open_rows(name: Name) -> Iterator[dict]:
     """The rows of a data set. Raises SystemExit with the remedy if it cannot be loaded."""
     try:
+        if SOURCES[name.source].files:
+            yield from open_lines(name)
+            return
         for batch in open_table(name).iter(batch_size=500):
             columns = list(batch)
             for values in zip(*batch.values()):
@@ -478,13 +551,14 @@ def subset(records: Iterable[dict], limit: int, seed: int) -> list[dict]:
 def gradable(records: Iterable[dict], dropped: Counter) -> Iterator[dict]:
     """The records whose gold some answer can match. `dropped` counts the others.
 
-    A gold that is not a number takes about 10 ms.
+    A gold that is not a number takes about 10 ms. Golds of `code` are run.
     """
     records = iter(records)
     while chunk := list(itertools.islice(records, 1024)):
-        for record, reason in zip(chunk, verifiers.refusals(chunk)):
-            if reason:
-                dropped["gold that cannot be graded"] += 1
+        judged = zip(chunk, verifiers.refusals(chunk), code.failing_golds(chunk))
+        for record, reason, failing in judged:
+            if reason or failing:
+                dropped[failing or "gold that cannot be graded"] += 1
             else:
                 yield record
 
@@ -571,7 +645,7 @@ def load_gradable(
     init_distributed()
     for problem in problems:
         verifiers.locate(problem, name)
-    problems = with_usable_golds(name, problems)
+    problems = without_failing_golds(name, with_usable_golds(name, problems))
     for problem in problems:
         problem["prompt"] = encode(problem["problem"])
     kept = [problem for problem in problems if len(problem["prompt"]) <= max_prompt_tokens]
@@ -605,6 +679,23 @@ def with_usable_golds(name: str, problems: list[dict]) -> list[dict]:
         )
     problems = [problem for problem, reason in zip(problems, reasons) if not reason]
     require(problems, f"no record of {name} has a gold that can be graded; choose other data")
+    return problems
+
+
+def without_failing_golds(name: str, problems: list[dict]) -> list[dict]:
+    """The problems but those whose own programs fail their tests. A collective."""
+    tried = [problem for problem in problems if "golds" in problem]
+    if not tried:
+        return problems
+    mine = tried[rank()::world_size()]
+    failing = {p["id"] for p, reason in zip(mine, code.failing_golds(mine)) if reason}
+    failing = set().union(*all_gather(failing))
+    for problem in tried:
+        problem.pop("golds", None)
+    if failing:
+        print0(f"{name}: {len(failing)} records left out ({code.FAILING})")
+    problems = [problem for problem in problems if problem["id"] not in failing]
+    require(problems, f"no record of {name} is left: {code.FAILING}; choose other data")
     return problems
 
 

@@ -4,6 +4,7 @@
     choice              it names the gold's option                    data/choice.py
     moves               its moves reach the goal                      data/moves.py
     doors               its route succeeds in a world of its own      data/doors.py
+    code                its program passes the record's tests         data/code.py
     file.py:function    a function of your own:
 
         def judge(records, answers):    # two lists of equal length: dicts, strings
@@ -28,8 +29,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from data import choice, doors, moves
+from data import choice, code, doors, moves
 from plumbing import answers as mathematics
+from plumbing import runner
 from plumbing.answers import GRADER_COUNTS, grade, grader_stats
 from plumbing.ranks import all_gather, fail, require
 
@@ -64,16 +66,22 @@ def by_chance(records: list[dict], answers: list, salts: list, evaluated: bool) 
     return [doors.judge(*one) for one in zip(records, answers, salts)]
 
 
+def by_tests(records: list[dict], answers: list, salts: list, evaluated: bool) -> list[bool]:
+    return code.judge(records, answers)
+
+
 # The verifiers by name. Three more dicts hold what only some of them need.
 VERIFIERS = {
     "math": by_mathematics,
     "choice": by_option,
     "moves": by_simulation,
     "doors": by_chance,
-    # "code": by_tests, right if all of the record's tests pass
+    "code": by_tests,
 }
 # Why a record cannot be judged, or None. (`refusals` asks about golds of "math" side by side.)
-CHECKS = {"choice": choice.check, "moves": moves.check, "doors": doors.check}
+CHECKS = {
+    "choice": choice.check, "moves": moves.check, "doors": doors.check, "code": code.refusal
+}
 # What equal answers share; None for what cannot be read. (`same_answers` lets "math" compare.)
 READ = {"choice": choice.choice_of, "moves": lambda record, answer: moves.moves_of(answer)}
 # Whether a plan gives the answer away. Without an entry: whether it holds the gold's text.
@@ -114,7 +122,11 @@ def tally() -> dict[str, int]:
     choice_no_answer, choice_unparsed, ...; verifiers of the user's own are own_graded, ...
     """
     stats, total = grader_stats(reset=True), Counter()
-    for counts in all_gather({**{name: int(stats[name]) for name in GRADER_COUNTS}, **COUNTS}):
+    mine = {name: int(stats[name]) for name in GRADER_COUNTS} | COUNTS
+    if "code_graded" in COUNTS:  # what became of the programs: judged, timeouts, memory, ...
+        programs = runner.stats(reset=True)
+        mine |= {f"code_{name}": programs[name] for name in programs if name != "peak_mb"}
+    for counts in all_gather(mine):
         total.update(counts)
     for name in COUNTS:  # later steps say 0: what they have seen none of
         COUNTS[name] = 0

@@ -22,6 +22,8 @@
     votes       maj@n: which answers are equal
     plans       how much a plan decides, and what that says about m and z
     grader      math-verify in bounded worker processes
+    runner      programs and their tests: the judge's side
+    sandbox     programs and their tests: processes that may only compute
     teacher     a teacher on an OpenAI-compatible server
     intervals   confidence intervals and a paired test
 """

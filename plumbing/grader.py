@@ -41,7 +41,14 @@ Pair = tuple[str, str | None]  # gold and answer; without an answer: can the gol
 
 
 class Worker:
-    """The caller's end of one worker. Its processes start at once; `await_ready` waits for them."""
+    """The caller's end of one worker. Its processes start at once; `await_ready` waits for them.
+
+    runner.py has a kind of its own, which runs programs.
+    """
+
+    command = [sys.executable, os.path.abspath(__file__)]
+    environment: dict[str, str] | None = None  # None: that of the caller
+    remedy = f"check that math-verify is installed for {sys.executable}"
 
     def __init__(self):
         self.spawn()
@@ -49,8 +56,8 @@ class Worker:
     def spawn(self):
         # A session of its own: Ctrl-C reaches the caller only, and one killpg ends keeper and fork.
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, start_new_session=True, bufsize=0,
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            bufsize=0, env=self.environment,
         )
         self.ready = False
         self.deadline = float("inf")  # when a silent worker counts as dead
@@ -66,17 +73,20 @@ class Worker:
         """
         for left in reversed(range(1 + RETRIES)):
             if not self.ready and wait([self], START_SECONDS):
-                # Read this line only: the death of an idle fork may be reported behind it.
-                self.ready = os.read(self.fileno(), len(READY)) == READY
+                self.ready = self.greeting() == READY
             if self.ready:
                 return
             self.stop()
             if not left or self.process.returncode >= 0:  # not killed: the next would fail, too
                 raise RuntimeError(
                     f"a grading worker could not start (status {self.process.returncode}): see its "
-                    f"error above, and check that math-verify is installed for {sys.executable}"
+                    f"error above, and {self.remedy}"
                 )
             self.spawn()
+
+    def greeting(self) -> bytes:
+        # Read this line only: the death of an idle fork may be reported behind it.
+        return os.read(self.fileno(), len(READY))
 
     def send(self, request: list) -> bool:
         """False if the worker is gone. One request at a time fits into the pipe: none is lost."""
@@ -119,6 +129,8 @@ class Pool:
     `lock` guards all three: hold it to use `judge`, `can_read` or `stats`.
     """
 
+    most = 4  # workers, however many cores there are
+
     def __init__(self):
         self.lock = threading.RLock()
         self.stats: Counter = Counter()
@@ -126,16 +138,40 @@ class Pool:
         self.workers: list[Worker] = []
         self.jobs = 0
 
+    def make_worker(self) -> Worker:
+        return Worker()
+
+    def looks(self) -> tuple[float, float]:
+        """CPU deadlines of the first round and of the second."""
+        return FIRST_LOOK, CPU_SECONDS
+
+    def plain_pairs(self, count: int) -> list[Pair]:
+        """Easy ones: workers that do not survive these die of something else than answers."""
+        return WARM_UP[:count]
+
+    def end_with_process(self):
+        """Workers end with this process, and a forked child gets new ones.
+
+        It must not share its parent's pipes, keep them open, or find the lock held.
+        """
+        os.register_at_fork(after_in_child=self.begin_anew)
+        atexit.register(lambda: self.drop(*self.workers))
+
+    def begin_anew(self):
+        for worker in self.workers:
+            worker.close()
+        self.__init__()
+
     def start(self):
         """Start the missing workers, and do not wait for them: whoever needs a verdict does.
 
         Called early, it lets them import math-verify while the model loads.
         """
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun: they share the cores
-        wanted = max(1, min(4, (os.cpu_count() or 1) // ranks))
+        wanted = max(1, min(self.most, (os.cpu_count() or 1) // ranks))
         with self.lock:
             while len(self.workers) < wanted:
-                self.workers.append(Worker())
+                self.workers.append(self.make_worker())
 
     def judge(self, pairs: list[Pair], budget: float) -> dict[Pair, bool]:
         """math-verify's verdict on each (gold, answer).
@@ -156,7 +192,7 @@ class Pool:
                 "its workers, and resume the run"
             )
         # Did these answers kill their workers? Not if plain ones lose theirs, too.
-        if died and any(self.attempt(WARM_UP[:len(died)], WALL_SECONDS, {})):
+        if died and any(self.attempt(self.plain_pairs(len(died)), WALL_SECONDS, {})):
             raise RuntimeError(
                 f"grading failed: {len(died)} of {len(todo)} answers lost {1 + RETRIES} workers "
                 "each, and so did plain ones; free memory, stop what kills the workers, and resume "
@@ -183,16 +219,17 @@ class Pool:
         time with a budget of its own.
         """
         overdue: list[Pair] = []
+        first_look, last_look = self.looks()
         for left in reversed(range(1 + RETRIES)):
             self.await_workers()
             stop, workers = time.monotonic() + budget, len(self.workers)  # a round drops late ones
-            slow, died, missed = self.round(pairs, FIRST_LOOK, stop, known)
-            late, died_late, missed_late = self.round(slow, CPU_SECONDS, stop, known)
+            slow, died, missed = self.round(pairs, first_look, stop, known)
+            late, died_late, missed_late = self.round(slow, last_look, stop, known)
             self.stats["timeouts"] += len(late)
             known.update(dict.fromkeys(late, False))  # remembered: models repeat bad answers
             overdue += missed_late
             died += died_late
-            if FIRST_LOOK * len(slow) > 0.5 * budget * workers:  # slow answers took the time
+            if first_look * len(slow) > 0.5 * budget * workers:  # slow answers took the time
                 overdue, missed = overdue + missed, []
             pairs = died + missed
             if not pairs or not left:
@@ -274,17 +311,8 @@ class Pool:
             worker.stop(2 * CPU_SECONDS if worker.ready else 0.0)
 
 
-def new_pool_after_fork():
-    """A forked child must not share its parent's pipes, keep them open, or find the lock held."""
-    global pool
-    for worker in pool.workers:
-        worker.close()
-    pool = Pool()
-
-
 pool = Pool()
-os.register_at_fork(after_in_child=new_pool_after_fork)
-atexit.register(lambda: pool.drop(*pool.workers))
+pool.end_with_process()
 
 
 # --------------------------------------------------------------------------------------------------
