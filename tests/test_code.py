@@ -302,7 +302,7 @@ def test_other_machines_refuse_with_one_sentence(tmp_path, monkeypatch):
     file = tmp_path / "p.jsonl"
     record = {"id": "r", "problem": "1", "answer": "-", "verifier": "code", "tests": SUM}
     file.write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="record r needs programs to be run: .*Linux x86-64 only"):
+    with pytest.raises(SystemExit, match="record r: needs programs to be run: .*Linux x86-64 only"):
         load_gradable(str(file), lambda text: [1], 10, 0, 0)
     with pytest.raises(RuntimeError, match="Linux x86-64 only, not on Linux arm64"):
         right("print(7)", SUM)
