@@ -3,6 +3,7 @@
     python -m bench.study                 run what is missing, two at a time; then bench/STUDY.md
     python -m bench.study --minutes 80    start no run after so many minutes; the next call goes on
     python -m bench.study --status        print which runs are done
+    python -m bench.study --costs         measure each row's seconds per token, on a calm machine
 
 All runs of a task start from the same SFT checkpoint. A run trains until it has decoded the task's
 budget of tokens (a plan counts once), at a constant learning rate, so that its curve can be cut at
@@ -32,9 +33,10 @@ from bench.study_page import write_page
 from data import doors, toy
 from rewards import parse_completion
 
-RESULTS = Path("bench/study.jsonl")
+RESULTS, COSTS = Path("bench/study.jsonl"), Path("bench/study_costs.json")
 RUNS = Path("runs/study")
 QUESTIONS, SAMPLES = 16, 4
+COST_STEPS = 8
 
 
 @dataclass
@@ -204,13 +206,13 @@ def steps_of(task: Task, row: str) -> int:
     return OWN_STEPS.get((task.name, row)) or task.steps(plans, cots)
 
 
-def train(task: Task, row: str, seed: int, out: Path) -> float:
-    """Train the row. Returns its seconds."""
+def train(task: Task, row: str, seed: int, out: Path, steps: int = 0) -> float:
+    """Train the row for its own number of steps, or another. Returns its seconds."""
     start = task.base if row.endswith("no SFT") else task.folder / "sft/model"
     began = time.time()
     call(
         f"grpo.py --model {start} --data {task.folder}/data/train.jsonl --out {out} --overwrite "
-        f"--steps {steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr 1e-4 "
+        f"--steps {steps or steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr 1e-4 "
         f"--warmup_steps 5 --save_every 0 --eval_every 0 --show_every 0 {task.limits} "
         f"--tokens_per_micro_batch 4000 --activation_checkpointing false {flags_of(task, row)}",
         out.with_suffix(".log"),
@@ -327,13 +329,40 @@ def sft_job(task: Task) -> dict:
     return result
 
 
+def measure_costs(tasks: list[Task]):
+    """Seconds per decoded token of each row, one at a time on one thread: medians of a few steps.
+
+    Runs of the study go side by side, and on a machine that may be busy. So its seconds are decoded
+    tokens times these.
+    """
+    costs = json.loads(COSTS.read_text()) if COSTS.exists() else {"machine": machine()}
+    for task in tasks:
+        for row in dict.fromkeys(row for name, row, _ in jobs() if name == task.name):
+            out = task.folder / "cost"
+            train(task, row, 0, out, COST_STEPS)
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            each = [m["seconds"] / m["decoded_tokens"] for m in map(json.loads, lines)]
+            costs.setdefault(task.name, {})[row] = round(sorted(each)[len(each) // 2], 8)
+            shutil.rmtree(out)
+            shown = f"{1e6 * costs[task.name][row]:8.1f} us per token"
+            print(f"{task.name:12}{row:40}{shown}", flush=True)
+            COSTS.write_text(json.dumps(costs, indent=1) + "\n")
+
+
 # --------------------------------------------------------------------------------------------------
 # Main
 
 
 def read_results() -> list[dict]:
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    return [json.loads(line) for line in lines]
+    """The lines of bench/study.jsonl; those of runs with `token_seconds`, see `measure_costs`."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+    for line in lines:
+        if "decoded" in line:
+            own = line["step_seconds"] * len(line["decoded"]) / sum(line["decoded"])
+            line["token_seconds"] = costs.get(line["task"], {}).get(line["row"], own)
+    return lines
 
 
 def machine() -> dict:
@@ -344,7 +373,8 @@ def machine() -> dict:
 def print_status(done: set):
     for task in TASKS:
         for row in ROWS:
-            states = "".join("x" if (task, row, s) in done else "." for s in range(SEEDS[row]))
+            seeds = [s for name, other, s in jobs() if (name, other) == (task, row)]
+            states = "".join("x" if (task, row, s) in done else "." for s in seeds)
             print(f"{task:12}{row:40}{states}")
 
 
@@ -354,6 +384,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=240, help="start no run after so many")
     parser.add_argument("--parallel", type=int, default=2, help="runs side by side")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--costs", action="store_true", help="measure seconds per token, and end")
     parser.add_argument("--status", action="store_true", help="print which runs are done, and end")
     args = parser.parse_args()
     key = lambda line: (line["task"], line["row"], line["seed"])
@@ -361,6 +392,9 @@ def main():
     if args.status:
         return print_status(done)
     tasks = [TASKS[name] for name in args.tasks]
+    if args.costs:
+        measure_costs(tasks)
+        return write_page(read_results())
     end = time.time() + 60 * args.minutes
 
     def work(job):

@@ -124,8 +124,8 @@ def mean_of(values) -> float | None:
 def spent(run: dict, unit: str) -> np.ndarray:
     """Completions, decoded tokens or seconds spent after each step."""
     steps = len(run["accuracy"])
-    each = [run["step_seconds"]] * steps if unit == "seconds" else run[unit][:steps]
-    return np.cumsum(each)
+    each = np.array(run["decoded" if unit == "seconds" else unit][:steps])
+    return np.cumsum(each * run["token_seconds"] if unit == "seconds" else each)
 
 
 def curve_at(run: dict, unit: str, budget: float) -> float:

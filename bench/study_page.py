@@ -36,8 +36,8 @@ PAGE, PICTURES = Path("bench/STUDY.md"), Path("docs")
 CURVES = {GRPO: "#3b82f6", PTA: "#d9661f", SEGMENT: "#22a05a"}
 INK = "#808080"  # readable on white and on black
 RESULT = set(
-    "task row seed flags seconds step_seconds icc credit_corr accuracy decoded completions right "
-    "analysis did with_plan score_corr start".split()
+    "task row seed flags seconds step_seconds token_seconds icc credit_corr accuracy decoded "
+    "completions right analysis did with_plan score_corr start".split()
 )  # the other fields of a line name its machine
 
 
@@ -93,8 +93,9 @@ policy is measured as it was trained. Held-out accuracy is over 600 problems x 4
 There are three budgets. **Equal tokens**: decoded tokens, where a plan counts once for all of its
 CoTs. Every run ends when its task's budget is decoded, so held-out accuracy is at equal tokens.
 **Equal completions** and **equal seconds** cut the training curves where the run that spent least
-ended. Seconds are a run's steps times its median seconds per step; runs went two side by side, on
-one thread each.
+ended. Runs went side by side, on a machine that was not always calm. So seconds are the decoded
+tokens times the row's seconds per token, which `python -m bench.study --costs` measured alone on
+one thread (`bench/study_costs.json`).
 
 Differences are in points, with 95 % intervals and p-values over seeds *and* problems (crossed
 random effects; rows paired by seed). Corrected p-values are Holm's, over all rows of the table.

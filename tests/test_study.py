@@ -84,7 +84,7 @@ def test_rows_are_paired_by_seed():
 
 
 def test_curves_are_cut_where_the_budget_is_spent():
-    run = {"accuracy": [k / 100 for k in range(40)], "decoded": [10] * 40, "step_seconds": 0.5}
+    run = {"accuracy": [k / 100 for k in range(40)], "decoded": [10] * 40, "token_seconds": 0.05}
     run["completions"] = [5, 15] * 20
     # 30 steps are 300 tokens, 300 completions or 15 seconds; the last tenth are steps 28 to 30.
     for unit, budget in (("decoded", 305), ("completions", 304), ("seconds", 15.2)):
@@ -131,7 +131,8 @@ def fake_lines(gain: dict, seeds: int = 5, rows=study.ROWS, problems: int = 60) 
                 rise = np.linspace(0.4, 0.6 + gain.get(row, 0), steps).round(4).tolist()
                 lines.append({
                     **head, "row": row, "seed": seed, "flags": study.ROWS[row], "seconds": 99.5,
-                    "step_seconds": 2.5, "icc": 0.2 if z > 1 else None, "credit_corr": 0.9987,
+                    "step_seconds": 2.5, "token_seconds": 0.005,
+                    "icc": 0.2 if z > 1 else None, "credit_corr": 0.9987,
                     "accuracy": rise, "decoded": [6000 - 500 * z] * steps,
                     "completions": [192] * steps, "right": draw(ease + gain.get(row, 0)),
                     **(given if seed < 2 and row in study.MAIN_ROWS else {}),
