@@ -1,8 +1,9 @@
 """Decoding with a KV cache, one token per row and step. The loop that calls it is grpo.decode.
 
-The cache has slots, one per active sequence. On a GPU a decode step is a replayed CUDA graph, so
-the speed of Python does not matter. There, most models attend by split-KV: each row reads the keys
-of its own sequence. Elsewhere a row reads as many as the longest has, under a mask.
+An active sequence is a row of each decode step, and has an extent of the cache. On a GPU a step is
+a replayed CUDA graph, so the speed of Python does not matter. There, most models attend by
+split-KV: a row reads its own keys, wherever they are. Elsewhere the extents are equal slots, and
+each row reads as many keys as the longest has, under a mask.
 
 Shapes: B active sequences, T tokens of a prompt, V vocabulary, D width of a head.
 """
@@ -22,7 +23,8 @@ from plumbing.attention import Extents, may_split
 from plumbing.ranks import fail, print0, rank
 
 PREFILL_TOKENS = 2**14  # prompts are prefilled in batches of at most this many tokens, 32 rows
-ADMIT = 0.25  # new sequences wait until this share of the slots is free: a prefill takes time
+ADMIT = 0.25  # new sequences wait until this share of the cache is free: a prefill takes time
+PARTS = 8  # an extent grows by this part of a slot, where slots for all do not fit into memory
 CACHE_SHARE = {"cuda": 0.9, "cpu": 0.5}  # of the free memory
 SAMPLING_BYTES = 48  # per logit of a drawn token: softmax, noise, top-p's sorted copies, in fp32
 
@@ -33,9 +35,9 @@ SAMPLING_BYTES = 48  # per logit of a drawn token: softmax, noise, top-p's sorte
 class Decoder:
     """Holds the keys and values of the sequences that grpo.decode samples.
 
-    Active sequence i has slot i. A sequence has `prompt` and `ids` (token ids), `limits` (one per
-    completion that it may become) and `slot`. The order of the slots decides which random numbers
-    a sequence gets.
+    A sequence has `prompt` and `ids` (token ids), `limits` (one per completion that it may become)
+    and `slot`, the first place of its extent in the cache. It waits, or is active, and then it is
+    one of the rows of a decode step: their order decides which random numbers it gets.
     """
 
     def __init__(self, model, sequences: list, max_rows: int = 0):
@@ -47,78 +49,118 @@ class Decoder:
         if may_split(model) and not hasattr(model, "split_kv"):
             try_split(model, sequences)
         self.cache = reserve_cache(model, rows, longest, branches)
-        self.slots = min(self.cache.slots, rows)
+        self.rows = min(self.cache.rows, rows)
+        # An extent is some units long: one, which holds the longest, or as many as it needs so far.
+        parts = PARTS if self.rows > self.cache.slots else 1
+        self.unit, self.units = self.cache.length // parts, min(self.cache.slots, self.rows) * parts
+        self.extents = {}  # units of each active sequence, by its slot
+
+    def size(self, s) -> int:
+        """How many units hold a sequence and its next token."""
+        return -(-(len(s.prompt) + len(s.ids)) // self.unit)
+
+    def load(self, sequences: list) -> float:
+        """Which share of all rows or units they take, with an extent for each of their branches."""
+        rows = sum(len(s.limits) for s in sequences)
+        units = sum(len(s.limits) * self.size(s) for s in sequences)
+        return max(rows / self.rows, units / self.units)
 
     def admit(self, active: list) -> list:
-        """`active`, and as many waiting sequences as have a slot for each of their branches.
+        """`active`, and as many waiting sequences as there is room for.
 
-        The last ones do not wait for many free slots: they would begin late, and end alone.
+        The last ones do not wait for much room: they would begin late, and end alone.
         """
-        reserved, new = sum(len(s.limits) for s in active), []
-        wanted = sum(len(s.limits) for s in self.waiting)
-        if self.waiting and self.slots - reserved >= min(ADMIT * self.slots, wanted):
-            while self.waiting and reserved + len(self.waiting[-1].limits) <= self.slots:
-                new.append(self.waiting.pop())
-                new[-1].slot = len(active) + len(new) - 1
-                reserved += len(new[-1].limits)
-            prefill(self.model, self.cache, new)
-        return active + new
+        new = []
+        if not self.waiting:
+            return active
+        all_fit = len(self.waiting) <= self.rows and self.load(active + self.waiting) <= 1
+        if not all_fit and self.load(active) > 1 - ADMIT:
+            return active
+        while self.waiting and self.load(active + new + self.waiting[-1:]) <= 1:
+            new.append(self.waiting.pop())
+        active = self.place(active + new)
+        prefill(self.model, self.cache, new)
+        return active
 
     def step(self, active: list) -> torch.Tensor:
         """Feed each active sequence's last token. Returns the logits of the next ones (B, V)."""
-        return decode_step(self.model, self.cache, *self.next_step(active))
-
-    def next_step(self, active: list) -> tuple[list[int], ...]:
-        """Of each active sequence: its last token, that token's position, its first place."""
         last = [s.ids[-1] if s.ids else s.prompt[-1] for s in active]
         positions = [len(s.prompt) + len(s.ids) - 1 for s in active]
-        return last, positions, [self.cache.place(s.slot) for s in active]
+        return decode_step(self.model, self.cache, last, positions, [s.slot for s in active])
 
     def keep(self, alive: list) -> list:
-        """Move the sequences that go on into slots 0..B-1. Returns them in the order of slots.
+        """Let the sequences that go on grow. Returns those that stay active, in the order of rows.
 
-        Where several share a slot they are branches of a plan: all but the first get a copy.
+        Where they outgrow the cache the youngest wait again, and are prefilled with their ids when
+        there is room. The first one always goes on, so the last one's turn will come: reserving
+        what each may need at most would halve the rows, and most of it would stay empty.
         """
-        owners, branches, taken = [], [], set()
-        for s in alive:
-            (branches if s.slot in taken else owners).append(s)
-            taken.add(s.slot)
-        staying = {s.slot for s in owners if s.slot < len(alive)}
-        free = [slot for slot in range(len(alive)) if slot not in staying]
-        movers = [s for s in owners if s.slot >= len(alive)] + branches
-        if movers:
-            self.cache.copy([
-                (self.cache.place(s.slot), self.cache.place(slot), len(s.prompt) + len(s.ids) - 1)
-                for s, slot in zip(movers, free)
-            ])
-            for s, slot in zip(movers, free):
-                s.slot = slot
-        return sorted(alive, key=lambda s: s.slot)
+        while self.load(alive) > 1:
+            self.waiting.append(alive.pop())
+            self.waiting[-1].slot = -1
+        return self.place(alive)
+
+    def place(self, sequences: list) -> list:
+        """Give each sequence an extent of its size, by one copy. Returns them in the order of rows.
+
+        Several that share one are branches of a plan: all but the first get a copy. Masked
+        attention reads slots 0..B-1, so there the extents close up.
+        """
+        room = self.units if self.cache.split else len(sequences)
+        first, taken, extents = self.cache.place(0), bytearray(room), {}
+        movers, branches, seen = [], [], set()
+        for s in sequences:
+            size, begin = self.size(s), (s.slot - first) // self.unit
+            if s.slot in seen:
+                branches.append(s)
+            elif self.extents.get(s.slot) == size and begin + size <= room:  # it stays
+                extents[s.slot], taken[begin:begin + size] = size, bytes([1]) * size
+            else:
+                movers.append(s)
+            if s.slot >= 0:
+                seen.add(s.slot)
+        slots, moves = {}, []
+        for s in movers + branches:
+            size = self.size(s)
+            begin = taken.find(bytes(size))  # the first gap that is large enough
+            if begin < 0:  # there is none: begin again and move all, which closes every gap
+                self.extents = {}
+                return self.place(sequences)
+            slots[id(s)] = slot = first + begin * self.unit
+            extents[slot], taken[begin:begin + size] = size, bytes([1]) * size
+            if s.slot >= 0:
+                moves.append((s.slot, slot, len(s.prompt) + len(s.ids) - 1))
+        self.cache.copy(moves)
+        for s in movers + branches:
+            s.slot = slots[id(s)]
+        self.extents = extents
+        return sequences if self.cache.split else sorted(sequences, key=lambda s: s.slot)
 
 
 def prefill(model, cache: "KVCache", sequences: list):
-    """Compute each prompt once, for its first sequence, and copy the slot to its other sequences.
+    """Compute each prompt once, for its first sequence, and copy the keys to its other sequences.
 
-    The last prompt token is left to the first decode step, which then returns the first logits.
+    A sequence that waits again has ids, too. The last token is left to the next decode step, which
+    then returns the logits of the next one.
     """
-    first = {id(s.prompt): s for s in reversed(sequences)}
-    todo = sorted((s for s in first.values() if len(s.prompt) > 1), key=lambda s: len(s.prompt))
+    key = lambda s: (id(s.prompt), *s.ids)
+    first = {key(s): s for s in reversed(sequences)}
+    length = lambda s: len(s.prompt) + len(s.ids) - 1
+    todo = sorted((s for s in first.values() if length(s)), key=length)
     while todo:  # the longest first, as many at a time as their padded tokens allow
-        count = max(1, min(32, PREFILL_TOKENS // len(todo[-1].prompt)))
+        count = max(1, min(32, PREFILL_TOKENS // (length(todo[-1]) + 1)))
         batch, todo = todo[-count:], todo[:-count]
-        # Pad on the right: what is beyond a prompt's end is never seen.
-        width = len(batch[-1].prompt) - 1
-        padded = [s.prompt[:-1] + [0] * (width - len(s.prompt) + 1) for s in batch]
-        cache.write_prompts([(cache.place(s.slot), len(s.prompt) - 1) for s in batch], model.device)
+        # Pad on the right: what is beyond a sequence's end is never seen.
+        width = length(batch[-1])
+        padded = [((s.prompt + s.ids)[:-1] + [0] * width)[:width] for s in batch]
+        cache.write_prompts([(s.slot, length(s)) for s in batch], model.device)
         model(
             input_ids=torch.tensor(padded, device=model.device),
             position_ids=torch.arange(width, device=model.device)[None],
             past_key_values=cache, use_cache=True, logits_to_keep=1,
         )
-    cache.copy([
-        (cache.place(first[id(s.prompt)].slot), cache.place(s.slot), len(s.prompt) - 1)
-        for s in sequences if s is not first[id(s.prompt)]
-    ])
+    others = [(s, first[key(s)]) for s in sequences]
+    cache.copy([(f.slot, s.slot, length(s)) for s, f in others if s is not f and length(s)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,31 +207,31 @@ def try_split(model, sequences: list):
     Both do a decode step of the first prompts, in small caches. A kernel that is missing, or
     refuses, or is wrong on this GPU, costs speed and a message, but no run.
     """
-    some, steps, failure = sequences[:32], [], None
+    some, steps = sequences[:32], []
     longest = max(len(s.prompt) for s in some)
     for split in (False, True):
         cache = KVCache(len(some), longest, split)
         for slot, s in enumerate(some):
-            s.slot = slot
+            s.slot = cache.place(slot)
         prefill(model, cache, some)
-        step = [(s.prompt[-1], len(s.prompt) - 1, cache.place(s.slot)) for s in some]
+        step = [(s.prompt[-1], len(s.prompt) - 1, s.slot) for s in some]
         steps.append((cache, torch.tensor(step, device=model.device).T))
+    for s in some:
+        s.slot = -1
     (masked, inputs), (split, split_inputs) = steps
     # Few rows get 8 splits, and many get 2: some stand for 72. They may share a sequence.
     rows = torch.arange(72, device=model.device) % len(some)
     expected = forward_step(model, masked, inputs, longest)[rows]
     finite = is_finite(expected)
-    try:
+
+    def try_it():
         # A short reach cuts within the rows, and a long one mostly beyond them.
         for count, reach in ((8, longest), (72, longest), (8, 4096), (72, 4096)):
             logits = forward_step(model, split, split_inputs[:, rows[:count]], reach)
             if finite and differs(logits, expected[:count]):
-                failure = "its result differs"
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, TypeError, ValueError, RuntimeError) as error:  # an older torch, or GPU
-        failure = str(error).splitlines()[0]
-    if failure:
+                return "its result differs"
+
+    if failure := agreed(model, why_not(try_it)):
         message = f"rank {rank()} decodes without split-KV attention, which is slower: {failure}"
         print(message, flush=True)
     if failure or finite:  # or else nothing was compared, and the next rollout tries again
@@ -241,7 +283,7 @@ def replay_step(
     eager for good.
     """
     count = inputs.shape[1]
-    rows = min(cache.slots, max(8, 1 << (count - 1).bit_length()))
+    rows = min(cache.rows, max(8, 1 << (count - 1).bit_length()))
     length = cache.length if cache.split else min(cache.length, -(-filled // 256) * 256)
     # The rows that fill up the bucket have place 0, which no sequence has.
     inputs = torch.nn.functional.pad(inputs, (0, rows - count))
@@ -269,20 +311,41 @@ def record_step(
     """
     rows, inputs, recorded = len(expected), inputs.clone(), graph()
     if cache.logits is None:
-        cache.logits = expected.new_empty(cache.slots, expected.shape[1])
-    try:
+        cache.logits = expected.new_empty(cache.rows, expected.shape[1])
+
+    def record():
         # Graphs are replayed one at a time, so all share a memory pool and write the same logits.
         with capture(recorded, pool=cache.pool):
             cache.logits[:rows] = forward_step(model, cache, inputs, length)
         cache.pool = cache.pool or recorded.pool()
+
+    def replay():
         recorded.replay()
         if is_finite(expected) and differs(cache.logits[:rows], expected):
             return "its result differs"
+
+    for attempt in (record, replay):
+        if failure := agreed(model, why_not(attempt)):
+            return failure
+    cache.graphs[rows, length] = (recorded, inputs)
+
+
+def why_not(attempt) -> str | None:
+    """What `attempt()` returns, or the first line of its error. Out of memory passes through."""
+    try:
+        return attempt()
     except torch.OutOfMemoryError:  # a RuntimeError too
         raise
-    except RuntimeError as error:
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:  # an older torch, or GPU
         return str(error).splitlines()[0]
-    cache.graphs[rows, length] = (recorded, inputs)
+
+
+def agreed(model, failure: str | None) -> str | None:
+    """`failure`; with --tp, a failure of any rank of the group: a replay alone would hang."""
+    lockstep = getattr(model, "lockstep", None)
+    if lockstep is None or lockstep.least(failure is None, model.device):
+        return failure
+    return failure or "another rank of its group could not"
 
 
 def without_autograd(function):
@@ -313,9 +376,10 @@ class KVCache:
     (slots, heads, length, D); what we index is its view (slots, length, heads, D).
     """
 
-    def __init__(self, slots: int, length: int, split: bool = False):
+    def __init__(self, slots: int, length: int, split: bool = False, rows: int = 0):
         self.slots, self.length = slots, length
         self.split = split  # laid out for split-KV
+        self.rows = max(slots, rows)  # of a decode step at most: more than slots if extents grow
         # Made at the first update, when shapes are known: keys and values of each layer.
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.at, self.look = (), None  # where the next forward writes, and what it sees of a layer
@@ -432,8 +496,8 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     """The model's KV cache for `rows` sequences of `length` tokens.
 
     It is kept from call to call, for a sharded model until the rollout ends. It takes at most
-    CACHE_SHARE of the free memory. More rows than fit wait for a slot. Raises SystemExit if not
-    even `at_least` rows fit.
+    CACHE_SHARE of the free memory. More rows than fit wait for a slot, or share slots where
+    split-KV lets them. Raises SystemExit if not even `at_least` rows fit.
     """
     cache = getattr(model, "kv_cache", None)
     if cache is not None and cache.length >= length:
@@ -442,10 +506,18 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
     model.kv_cache = cache = None  # free the old one first
     length = -(-length // 64) * 64  # prompts a little longer still fit
     on_gpu, free = model.device.type == "cuda", free_memory(model.device)
+    if lockstep := getattr(model, "lockstep", None):  # --tp: all have room for as many
+        free = lockstep.least(free, model.device)
     dtype = torch.bfloat16 if on_gpu else model.dtype  # in which the model computes
     row_bytes = length * cache_bytes(model.config, dtype)
     sampling = SAMPLING_BYTES * model.config.get_text_config().vocab_size
-    slots = min(rows, int(free * CACHE_SHARE.get(model.device.type, 0.5)) // (row_bytes + sampling))
+    budget = int(free * CACHE_SHARE.get(model.device.type, 0.5))
+    slots = at_once = min(rows, budget // (row_bytes + sampling))
+    split = may_split(model)
+    if split and slots < rows:  # most are short most of the time: more of them, on fewer slots
+        more = max(slots, min(rows, PARTS * slots, budget // 5 // sampling))
+        fewer = (budget - more * sampling) // row_bytes
+        slots, at_once = (fewer, more) if fewer >= at_least else (slots, at_once)
     if slots < at_least:
         needed = at_least * row_bytes / 1e9
         fail(
@@ -454,9 +526,10 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
         )
     if (slots, length) != getattr(model, "kv_cache_shape", None):
         size = f"{slots * row_bytes / 1e9:.2f} GB of {free / 1e9:.1f} GB free"
-        waves = f"; {rows} rows run in waves" if slots < rows else ""
-        print0(f"KV cache: {slots} rows x {length} tokens = {size}{waves}")
+        shared = f", shared by {at_once} rows" if at_once > slots else ""
+        waves = f"; {rows} rows run in waves" if at_once < rows else ""
+        print0(f"KV cache: {slots} rows x {length} tokens = {size}{shared}{waves}")
     model.kv_cache_shape = slots, length
-    model.kv_cache = KVCache(slots, length, may_split(model))
+    model.kv_cache = KVCache(slots, length, split, at_once)
     model.kv_cache.full = slots < rows  # more rows would not fit either
     return model.kv_cache

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from plumbing.attention import use_attention
-from plumbing.decoder import reserve_cache
 from plumbing.kernels import fuse_norms
 from plumbing.ranks import require, world_size
 from plumbing.signals import Interrupted, StopSignal
@@ -220,13 +219,7 @@ def in_lockstep(sample_tree: Callable) -> Callable:
         first, everyones = sum(map(len, parts[:lockstep.rank])), sum(parts, [])
         if not everyones:
             return []
-        # The group has as many slots as the rank with the least memory.
-        rows, asked = len(everyones) * config.plans * config.cots, config.rollout_rows
-        rows = min(rows, max(asked * lockstep.size or rows, config.cots))
-        longest = max(map(len, everyones)) + config.max_completion_tokens
-        cache = reserve_cache(model, rows, longest, config.cots)
-        cache.slots = lockstep.least(cache.slots, model.device)
-        config = replace(config, rollout_rows=cache.slots)
+        config = replace(config, rollout_rows=config.rollout_rows * lockstep.size)
         return sample_tree(model, everyones, config, **options)[first:first + len(prompts)]
 
     return sample

@@ -21,7 +21,7 @@ from plumbing.decoder import KVCache, forward_step, reserve_cache
 from plumbing.kernels import fuse_norms
 from plumbing.weights import load_config
 
-QWEN = str(ROOT / "recipes/shapes/qwen2.5_7b")
+QWEN, QWEN3 = (str(ROOT / "recipes/shapes" / name) for name in ("qwen2.5_7b", "qwen3_8b"))
 
 
 @pytest.mark.parametrize("family, norms", [("qwen2", 5), ("qwen3", 9), ("llama", 5), ("gemma", 0)])
@@ -106,19 +106,41 @@ def test_192_rows_of_qwen2_5_7b_fit_beside_its_weights_on_80_gb(monkeypatch):
     assert reserve_cache(model, 192, 512 + 3584).slots == 192
 
 
-def decode_steps(slots: int, monkeypatch, limit: int = 3584) -> int:
-    """Decode steps of 64 plans x 3 CoTs of log-normal lengths; the model computes nothing."""
-    generator, steps = torch.Generator().manual_seed(1), []
+def places_reserved(decoder: decoder.Decoder, starts: list[int]) -> int:
+    """Places of all extents. Asserts that they do not overlap, and that the cache has them."""
+    lengths = {slot: units * decoder.unit for slot, units in decoder.extents.items()}
+    assert sorted(lengths) == sorted(starts) and len(starts) <= decoder.cache.rows
+    begin = decoder.cache.place(0)
+    for slot in sorted(starts):
+        assert slot >= begin
+        begin = slot + lengths[slot]
+    assert begin <= decoder.cache.place(decoder.cache.slots)
+    return sum(lengths.values())
+
+
+def decode_steps(
+    monkeypatch, slots: int, rows: int = 0, split: bool = False, limit: int = 3584
+) -> tuple[int, float]:
+    """Decode steps of 64 plans x 3 CoTs of log-normal lengths; the model computes nothing.
+
+    The second number is how many places are reserved for each that is used, on average over steps.
+    """
+    generator, shares = torch.Generator().manual_seed(1), []
     draw = lambda mean, sigma, most: int(min(most, max(40, torch.empty(1).log_normal_(
         mean, sigma, generator=generator).item())))
     plans = [draw(5.2, 0.35, 511) for _ in range(64)]
     totals = [[draw(7.0, 0.5, limit) for _ in range(3)] for _ in plans]
     totals[0], totals[-1] = [limit] * 3, [3100] * 3  # a long plan tree begins last
     model = types.SimpleNamespace(device=torch.device("cpu"))
-    cache = KVCache(slots, 4096)
+    cache, decoders = KVCache(slots, 1024 + limit, split, rows), []
+
+    class Noted(decoder.Decoder):
+        def __init__(self, *args):
+            decoders.append(self)
+            super().__init__(*args)
 
     def step(model, cache, ids, positions, starts):
-        steps.append(len(ids))
+        shares.append(places_reserved(decoders[0], starts) / (sum(positions) + len(positions)))
         return torch.zeros(len(ids), 2)
 
     one = lambda logits, *args: (torch.zeros(len(logits), dtype=torch.long), logits[:, 0])
@@ -126,23 +148,52 @@ def decode_steps(slots: int, monkeypatch, limit: int = 3584) -> int:
     monkeypatch.setattr(decoder, "prefill", lambda *args: None)
     monkeypatch.setattr(decoder, "decode_step", step)
     monkeypatch.setattr(grpo, "sample_token", one)
+    monkeypatch.setattr(grpo, "Decoder", Noted)
     lengths = {}
 
     def closed(ids):
         return lengths.get(id(ids)) == len(ids)
 
-    roots = [Rollout([0], total, is_plan=True) for total in totals]
+    prompts = [[0] * int(150 + 7 * i % 200) for i in range(64)]
+    roots = [Rollout(prompt, total, is_plan=True) for prompt, total in zip(prompts, totals)]
     lengths.update({id(root.ids): plan for root, plan in zip(roots, plans)})
     options = dict(temperature=1.0, top_p=1.0, stop_ids=[], seed=0, max_plan_tokens=512)
     grpo.decode(model, roots, plan_closed=closed, **options)
-    assert sum(len(cot.ids) for root in roots for cot in root.cots) > 0
-    return len(steps)
+    cots = [cot for root in roots for cot in root.cots]
+    assert len(cots) > 180 and all(len(cot.ids) == cot.limits[0] for cot in cots)
+    return len(shares), sum(shares) / len(shares)
 
 
 def test_rows_that_nearly_fit_cost_at_most_five_percent_more_steps(monkeypatch):
-    whole = decode_steps(192, monkeypatch)
+    whole, _ = decode_steps(monkeypatch, 192)
     assert whole == 3584
-    assert decode_steps(183, monkeypatch) <= 1.05 * whole
+    assert decode_steps(monkeypatch, 183)[0] <= 1.05 * whole
+
+
+def test_extents_that_grow_need_few_places_and_no_waves(monkeypatch):
+    """56 rows of Qwen3-8B and 26 of Qwen3-14B would fit into 80 GB, as long as the longest."""
+    steps, reserved = decode_steps(monkeypatch, 56)
+    assert steps == 7168 and reserved > 3.5
+    for slots, most in ((54, 3584), (25, 5200)):  # 26 slots would take 12,897 steps
+        steps, reserved = decode_steps(monkeypatch, slots, 192, split=True)
+        assert steps <= most and reserved <= 1.3
+
+
+def test_memory_for_logits_is_taken_from_the_slots_that_more_rows_share(monkeypatch):
+    """A slot of Qwen3-8B takes 2 x 36 layers x 8 heads x 128 x 2 bytes x 4,608 = 679.5 MB.
+
+    A row's logits take 48 x 151,936 = 7.3 MB. 90 % of 42.8 GB are 56 slots with a row each, or 54
+    with 192 rows.
+    """
+    model = types.SimpleNamespace(device=torch.device("cuda"), config=load_config(QWEN3))
+    for rows, gigabytes, slots, at_once in (
+        (192, 42.8, 54, 192), (40, 42.8, 40, 40), (900, 42.8, 51, 448), (192, 200, 192, 192),
+    ):
+        model.kv_cache = None
+        monkeypatch.setattr(decoder, "free_memory", lambda device: int(gigabytes * 1e9))
+        cache = reserve_cache(model, rows, 1024 + 3584)
+        assert (cache.slots, cache.rows, cache.split) == (slots, at_once, True)
+        assert slots * 679.5e6 + at_once * 7.3e6 <= 0.9 * gigabytes * 1e9
 
 
 # --------------------------------------------------------------------------------------------------
@@ -161,12 +212,12 @@ def split_kv(monkeypatch):
 PROMPTS = [[5], [9, 33, 12, 8, 70], [3] * 17, [40, 41, 42, 43, 44, 45, 46, 47, 48]]
 
 
-def draw(model) -> tuple[list, list]:
+def draw(model, max_rows: int = 3) -> tuple[list, list]:
     """Greedy ids and logprobs: of few slots that are taken again, and of plans that fork."""
     options, limits = dict(temperature=0.0, stop_ids=[1, 6]), [1, 12, 9, 4, 12, 7, 11, 2]
-    drawn = sample(model, PROMPTS, n=2, max_new_tokens=limits, max_rows=3, **options)
-    config = Config(plans=2, cots=3, max_plan_tokens=5, max_completion_tokens=11, rollout_rows=7)
-    config.temperature = 0.0
+    drawn = sample(model, PROMPTS, n=2, max_new_tokens=limits, max_rows=max_rows, **options)
+    config = Config(plans=2, cots=3, max_plan_tokens=5, max_completion_tokens=11)
+    config.temperature, config.rollout_rows = 0.0, 2 * max_rows
     closed = lambda ids: len(ids) == 3 + ids[0] % 3
     trees = grpo.sample_tree(model, PROMPTS, config, plan_closed=closed, stop_ids=[1], seed=0)
     rollouts = [rollout for tree in trees for rollout in tree]
@@ -190,6 +241,55 @@ def test_split_kv_draws_what_masked_attention_draws(family, split_kv, capsys):
     assert is_same(draw(model), expected)
     assert split_kv["split_kv"] > 50 and model.split_kv
     assert "slower" not in capsys.readouterr().out
+
+
+def share_slots(slots: int, monkeypatch) -> list:
+    """Let all rows share that many slots of 32 places. Returns the decoders that come to be."""
+    decoders, rows_of = [], lambda model, rows, *_: KVCache(slots, 32, True, rows)
+    monkeypatch.setattr(decoder, "reserve_cache", rows_of)
+
+    class Noted(decoder.Decoder):
+        def __init__(self, *args):
+            decoders.append(self)
+            self.again = 0
+            super().__init__(*args)
+
+        def keep(self, alive):
+            before = len(self.waiting)
+            active = super().keep(alive)
+            self.again += len(self.waiting) - before
+            return active
+
+    monkeypatch.setattr(grpo, "Decoder", Noted)
+    return decoders
+
+
+@pytest.mark.parametrize("slots", [3, 4, 7])
+def test_rows_that_share_slots_and_wait_again_draw_the_same(slots, split_kv, monkeypatch):
+    model = use_attention(make_tiny("qwen3"))
+    model.split_kv = False
+    expected = draw(model, max_rows=0)
+    del model.split_kv
+    decoders = share_slots(slots, monkeypatch)
+    assert is_same(draw(model, max_rows=0), expected)
+    assert all(d.unit == 4 and d.units == 8 * slots for d in decoders)
+    assert slots == 7 or any(d.again for d in decoders)
+
+
+def test_rows_that_share_slots_see_their_own_tokens_only(split_kv, monkeypatch):
+    """The sampler's logprobs are those of a forward over each sequence. A seed fixes them."""
+    model, prompts = use_attention(make_tiny("qwen2")), [PROMPTS[i] for i in (2, 1, 3, 1, 2, 3)]
+    options = dict(n=3, max_new_tokens=12, stop_ids=[1])
+    decoders = share_slots(2, monkeypatch)
+    drawn = [sample(model, prompts, seed=seed, **options) for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] and drawn[0][0] != drawn[2][0]
+    assert all(d.again > 3 for d in decoders)
+    for i, (ids, logprobs) in enumerate(zip(*drawn[0])):
+        prompt = prompts[i // 3]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
+        dense = logits.log_softmax(-1)[range(len(ids)), ids]
+        assert logprobs == pytest.approx(dense.tolist(), abs=1e-4)
 
 
 def without_splits(*args, scale=None, window_size=(-1, -1)):
@@ -226,14 +326,23 @@ def test_a_split_kv_kernel_that_fails_costs_a_message(
     assert reason in said
 
 
-def test_a_model_that_has_diverged_is_called_that(split_kv, capsys):
+def replay(model, cache, *inputs: list[int]) -> torch.Tensor:
+    """decode_step as on a GPU, with CUDA graphs that are pretended."""
+    inputs = torch.tensor(inputs), max(inputs[1]) + 1
+    options = dict(graph=pretend_gpu.Graph, capture=pretend_gpu.Capture)
+    return decoder.replay_step(model, cache, *inputs, **options)
+
+
+def test_a_model_that_has_diverged_is_called_that(split_kv, monkeypatch, capsys):
     model = use_attention(make_tiny("qwen2"))
+    monkeypatch.setattr(decoder, "decode_step", replay)
     with torch.no_grad():
         model.get_decoder().norm.weight[3] = math.nan
     draw(model)
     said = capsys.readouterr().out
     assert "rank 0 decodes with a model whose logits are not finite: its weights have" in said
-    assert "slower" not in said and not hasattr(model, "split_kv")  # no kernel is blamed
+    # Neither kernel nor graph is blamed.
+    assert "slower" not in said and not hasattr(model, "split_kv") and split_kv["captures"]
 
 
 def test_split_kv_needs_one_graph_per_bucket_of_rows(split_kv, monkeypatch):
@@ -244,13 +353,10 @@ def test_split_kv_needs_one_graph_per_bucket_of_rows(split_kv, monkeypatch):
 
     def step(model, cache, *inputs):
         caches.append(cache)
-        inputs = torch.tensor(inputs), max(inputs[1]) + 1
-        options = dict(graph=pretend_gpu.Graph, capture=pretend_gpu.Capture)
-        return decoder.replay_step(model, cache, *inputs, **options)
+        return replay(model, cache, *inputs)
 
-    drawing = lambda: sample(
-        model, prompts, max_new_tokens=limits, temperature=0.0, stop_ids=[]
-    )
+    options = dict(max_new_tokens=limits, temperature=0.0, stop_ids=[])
+    drawing = lambda: sample(model, prompts, **options)
     monkeypatch.setattr(decoder, "decode_step", step)
     expected = drawing()
     assert sorted(caches[-1].graphs) == [(8, 256), (16, 256), (20, 256), (20, 320)]
