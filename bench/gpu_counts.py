@@ -192,6 +192,7 @@ def count_decode(config, layers: int, rows: int, split: bool = True) -> Counts:
     prompt = [0] * 1024
     active = [grpo.Rollout(prompt, [1], slot=slot) for slot in range(rows)]
     model = make_model(config, layers)  # outside: whether norms can be fused is tried for real
+    model.split_kv = True  # the kernel needs no trial
     with stand_ins(), as_on_gpu(split=split), torch.no_grad(), torch.device("meta"):
         made = decoder.Decoder(model, active)
         with Counts():
