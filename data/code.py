@@ -72,9 +72,9 @@ def program_in(answer: str) -> str:
 def refusal(record: dict) -> str | None:
     """Why `code` cannot judge a record, or None. Starts the workers, which takes a second once."""
     if reason := runner.bad_tests(record.get("tests")):
-        return f"{reason}; see plumbing/runner.py for their form"
+        return f"{reason} (plumbing/runner.py says what they look like)"
     if reason := runner.not_ready():
-        return f"needs programs to be run: {reason}"
+        return f"its programs cannot be run: {reason}"
     return None
 
 
@@ -99,7 +99,7 @@ def failing_golds(records: list[dict]) -> list[str | None]:
 
 def make_record(problem: str, tests: dict, golds: list[str], **more) -> dict | str:
     if reason := runner.bad_tests(tests):
-        return f"{reason.removeprefix('has ')}"
+        return reason.removeprefix("it has ")
     ask = ASK_FUNCTION.format(fn=tests["fn"]) if tests.get("fn") else ASK_TEXT
     record = {"problem": f"{problem.strip()}\n\n{ask}", "answer": ANSWER, "verifier": "code"}
     golds = [gold for gold in golds if gold and gold.strip()]
