@@ -21,10 +21,10 @@ from bench.rewards import ADD, HONEST, SUM, TAKES_TIME, Surroundings, filled
 from conftest import ROOT
 from data import code, formulas, sources, toy
 from data.sources import load_gradable, load_records, read_hub
-from data.verifiers import verify
+from data.verifiers import boxed, verify
 from plumbing import runner
 from plumbing.sandbox import encode, eval_literal
-from rewards import build_completion, parse_completion
+from rewards import build_completion, extract_answer, parse_completion
 
 
 @pytest.fixture(autouse=True)
@@ -350,12 +350,55 @@ ANSWERS = [
     ("```python\nprint(7)", "print(7)"),
     ("```print(7)```", "print(7)"),
     ("\\boxed{print('{')}", "print('{')"),
+    ("\\boxed{\n```python\nprint('}')\n```\n}", "print('}')\n"),
+    ("```python\n\\boxed{print(7)}\n```", "print(7)"),
 ]
 
 
 @pytest.mark.parametrize("answer, program", ANSWERS)
 def test_the_last_block_of_an_answer_is_the_program(answer, program):
     assert code.program_in(answer) == program
+
+
+BRACES = [  # programs that print "}"
+    "print('}')",
+    "print('{}'[1:])",
+    "print('\\\\boxed{7}'[-1])",  # the text of a box
+    "print(f'{{{7}}}'[2]) # {",
+]
+
+
+@pytest.mark.parametrize("program", BRACES)
+@pytest.mark.parametrize("form", ["{}", "```python\n{}\n```", "\\boxed{{```python\n{}\n```}}"])
+def test_a_program_is_read_whatever_its_braces_are(program, form):
+    """As the stages do it: the completion that sft.py trains on, and one with a box."""
+    tests = {"inputs": [""], "outputs": ["}"]}
+    record = {"problem": "p", "answer": code.ANSWER, "verifier": "code", "tests": tests}
+    assert not boxed(record) and boxed({"answer": "7"})
+    answer = form.format(program)
+    text = build_completion("plan", "think", answer, boxed(record))
+    assert parse_completion(text).answer == answer  # no box of ours
+    assert verify([record], [extract_answer(text, boxed(record))], [""]) == [True]
+
+
+def test_the_stages_write_and_read_programs_without_a_box(monkeypatch):
+    tests = {"inputs": [""], "outputs": ["}"]}
+    record = {"id": "1", "problem": "p", "answer": "-", "verifier": "code", "tests": tests}
+    text = build_completion("plan", "think", f"\\boxed{{```python\n{BRACES[0]}\n```}}", boxed=False)
+    for stage in (grpo, evaluation):
+        monkeypatch.setattr(stage, "completion_texts", lambda tokenizer, ids, stop_ids: [text])
+    group = grpo.Group(record, [grpo.Rollout([1], [1])])
+    grpo.grade_groups(None, [group], [0])
+    assert group.rollouts[0].correct
+    monkeypatch.setattr(evaluation, "find_stop_ids", lambda model, tokenizer: [0])
+    monkeypatch.setattr(evaluation, "complete", lambda *args: ([[0]], [0]))
+    problem = {**record, "benchmark": "b", "prompt": [1]}
+    (judged,) = evaluation.evaluate(None, None, [problem], evaluation.Config(n=1), seed=0)
+    assert [sample["correct"] for sample in judged["samples"]] == [True]
+    tokenizer, (record,) = toy.make_tokenizer(formulas.WORDS), formulas.make_problems("train", 1)
+    ids, prompt = sft.encode_record(tokenizer, formulas.for_training(record), use_plan=True)
+    ending = f"<answer> {record['program']} </answer> <|end|>"
+    assert tokenizer.decode(ids[prompt:]).endswith(ending)
 
 
 def test_records_name_the_verifier_and_others_are_judged_beside_them():
