@@ -19,11 +19,12 @@ import grpo
 import sft
 from bench.rewards import ADD, HONEST, SUM, TAKES_TIME, Surroundings, filled
 from conftest import ROOT
-from data import code, formulas, sources, toy
+from data import code, formulas, sources, toy, verifiers
 from data.sources import load_gradable, load_records, read_hub
 from data.verifiers import boxed, verify
 from plumbing import runner
 from plumbing.sandbox import encode, eval_literal
+from plumbing.votes import label_votes
 from rewards import build_completion, extract_answer, parse_completion
 
 
@@ -379,6 +380,22 @@ def test_a_program_is_read_whatever_its_braces_are(program, form):
     text = build_completion("plan", "think", answer, boxed(record))
     assert parse_completion(text).answer == answer  # no box of ours
     assert verify([record], [extract_answer(text, boxed(record))], [""]) == [True]
+
+
+def test_programs_vote_and_leak_by_their_text_and_never_reach_mathematics(monkeypatch):
+    def mathematics(*given):
+        raise AssertionError("a program was sent to math-verify")
+
+    record = {"id": "1", "problem": "p", "answer": code.ANSWER, "verifier": "code", "tests": SUM}
+    monkeypatch.setattr(verifiers, "grade", mathematics)
+    monkeypatch.setattr(verifiers.mathematics, "restated", mathematics)
+    assert verifiers.same_answers([record], ["print(1)"], ["print(1.0)"]) == [False]
+    assert not verifiers.restated(record, "print(1 + 1)")
+    samples = [{"answer": one, "correct": False} for one in ("print(1)", "print(2)", "print(1)")]
+    label_votes([samples], lambda places, *pairs: verifiers.same_answers([record], *pairs))
+    votes = [sample["vote"] for sample in samples]
+    assert votes[0] == votes[2] != votes[1]
+    assert not verifiers.plan_leaks(record, "read the two numbers, print(1 + 1)")
 
 
 def test_the_stages_write_and_read_programs_without_a_box(monkeypatch):
