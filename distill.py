@@ -230,7 +230,8 @@ def main():
                 if (reason or "").startswith(UNANSWERED):
                     continue  # --resume asks again
                 if reason is None:
-                    named = {name: record[name] for name in ("id", "problem", "answer")}
+                    names = ("id", "problem", "answer", "verifier")
+                    named = {name: record[name] for name in names if name in record}
                     kept.append({**named, "plan": plan, "think": record["solution"]})
                 else:
                     dropped.append({"id": record["id"], "reason": reason, "plan": plan})

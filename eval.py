@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from data.sources import load_gradable
-from data.verifiers import restated, same_answers, tally, verify
+from data.verifiers import boxed, restated, same_answers, tally, verify
 from grpo import sample, sample_tree
 from model_utils import (
     completion_texts,
@@ -139,7 +139,7 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
         ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank())
         texts = completion_texts(tokenizer, ids, stop_ids)
-        answers = [extract_answer(text) for text in texts]
+        answers = [extract_answer(text, boxed(p)) for p, text in zip(each, texts)]
         # Sample i of a problem meets the same world in every evaluation with this --seed.
         salts = [f"{config.seed} {i % n}" for i in range(len(each))]
         verdicts = verify(each, answers, salts)

@@ -31,7 +31,7 @@ from typing import Literal
 import torch
 
 from data.sources import draw, load_questions
-from data.verifiers import plan_leaks, tally, verify
+from data.verifiers import boxed, plan_leaks, tally, verify
 from model_utils import (
     completion_texts,
     encode_prompt,
@@ -303,7 +303,8 @@ def grade_groups(
         blocks = parse_completion(text)
         rollout.text, rollout.well_formed = text, blocks is not None
         rollout.leaks = bool(blocks and plan_leaks(question, blocks.plan))
-    answers = [extract_answer(r.text) for r in rollouts]  # None for a plan that never closed
+    # None for a plan that never closed.
+    answers = [extract_answer(text, boxed(question)) for text, question in zip(texts, questions)]
     salts = [f"{salt} {i}" for i in range(len(rollouts))]
     for rollout, right in zip(rollouts, verify(questions, answers, salts, evaluated)):
         rollout.correct = right

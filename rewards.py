@@ -54,11 +54,12 @@ def parse_completion(text: str) -> Completion | None:
     return Completion(plan, think, answer)
 
 
-def build_completion(plan: str | None, think: str, answer: str) -> str:
+def build_completion(plan: str | None, think: str, answer: str, boxed: bool = True) -> str:
     r"""The text that parse_completion reads back, with the answer in a \boxed{}: SFT's target.
 
-    `plan` None leaves the plan block out (the ablation "SFT without plans"). Raises ValueError if a
-    part is empty or holds a template tag.
+    `plan` None leaves the plan block out (the ablation "SFT without plans"). `boxed` False leaves
+    the box out (see data.verifiers.boxed). Raises ValueError if a part is empty or holds a template
+    tag.
     """
     blocks = {"think": think, "answer": answer}
     if plan is not None:
@@ -67,26 +68,27 @@ def build_completion(plan: str | None, think: str, answer: str) -> str:
         if not part.strip() or TAG.search(part):
             shown = repr(part[:80])
             raise ValueError(f"the {name} must be non-empty and free of template tags, got {shown}")
-    blocks["answer"] = f"\\boxed{{{answer.strip()}}}"
+    if boxed:
+        blocks["answer"] = f"\\boxed{{{answer.strip()}}}"
     return "\n".join(f"<{name}>\n{part.strip()}\n</{name}>" for name, part in blocks.items())
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, boxed: bool = True) -> str | None:
     r"""The final answer as a string, or None if there is none. Linear time.
 
     It is the last balanced box of the last <answer> span (which may never close), else the whole
     span. Without an <answer> tag, only the last balanced box of the text counts. Boxes that make up
     one list count as one (see `last_box`). The span is isolated first, because math-verify reads
     "first \boxed{1}, then \boxed{2}" as the set {1, 2}. A text whose plan never closes has no
-    answer, whatever its plan holds.
+    answer, whatever its plan holds. `boxed` False takes the whole span, whatever boxes are in it.
     """
     if "<plan>" in text and "</plan>" not in text:
         return None
     start = text.rfind("<answer>")
     if start < 0:
-        return last_box(text) or None
+        return boxed and last_box(text) or None
     span = text[start + len("<answer>"):].partition("</answer>")[0]
-    return last_box(span) or span.strip() or None
+    return boxed and last_box(span) or span.strip() or None
 
 
 # --------------------------------------------------------------------------------------------------

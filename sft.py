@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from data.sources import draw, load_records
+from data.verifiers import boxed
 from model_utils import (
     encode_prompt,
     load_sharded,
@@ -67,7 +68,7 @@ def encode_record(tokenizer, record: dict, use_plan: bool) -> tuple[list[int], i
     """
     prompt, plan = encode_prompt(tokenizer, record["problem"]), record["plan"] if use_plan else None
     try:
-        completion = build_completion(plan, record["think"], record["answer"])
+        completion = build_completion(plan, record["think"], record["answer"], boxed(record))
     except ValueError as error:
         fail(f"record {record['id']}: {error}; mend or remove it")
     ids = tokenizer.encode(completion, add_special_tokens=False)

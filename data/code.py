@@ -56,25 +56,28 @@ def judge(records: list[dict], answers: list[str | None]) -> list[bool]:
 
 
 def program_in(answer: str) -> str:
-    """The last fenced block of an answer, else all of it."""
-    text = answer.strip()
-    if text.startswith("\\boxed{") and text.endswith("}"):  # a box whose braces do not balance
-        text = text[len("\\boxed{"):-1]
-    parts = text.split("```")  # text, block, text, block, text
-    if len(parts) < 2:
-        return text
-    block = parts[-2] if len(parts) % 2 else parts[-1]  # the last may never close
-    head, line, rest = block.partition("\n")
-    language = head.strip().lower()
-    return rest if line and language in ("", "python", "python3", "py") else block
+    """The last fenced block of an answer, else all of it. A box around either is taken off.
+
+    The box is not looked for as in mathematics: a program's braces need not balance.
+    """
+    parts = answer.strip().split("```")  # text, block, text, block, text
+    program = parts[0]
+    if len(parts) > 1:
+        program = parts[-2] if len(parts) % 2 else parts[-1]  # the last may never close
+        head, line, rest = program.partition("\n")
+        if line and head.strip().lower() in ("", "python", "python3", "py"):
+            program = rest
+    text = program.strip()
+    in_box = text.startswith("\\boxed{") and text.endswith("}")
+    return text[len("\\boxed{"):-1] if in_box else program
 
 
 def refusal(record: dict) -> str | None:
     """Why `code` cannot judge a record, or None. Starts the workers, which takes a second once."""
     if reason := runner.bad_tests(record.get("tests")):
-        return f"{reason}; see plumbing/runner.py for their form"
+        return f"{reason} (plumbing/runner.py says what they look like)"
     if reason := runner.not_ready():
-        return f"needs programs to be run: {reason}"
+        return f"its programs cannot be run: {reason}"
     return None
 
 
@@ -99,7 +102,7 @@ def failing_golds(records: list[dict]) -> list[str | None]:
 
 def make_record(problem: str, tests: dict, golds: list[str], **more) -> dict | str:
     if reason := runner.bad_tests(tests):
-        return f"{reason.removeprefix('has ')}"
+        return reason.removeprefix("it has ")
     ask = ASK_FUNCTION.format(fn=tests["fn"]) if tests.get("fn") else ASK_TEXT
     record = {"problem": f"{problem.strip()}\n\n{ask}", "answer": ANSWER, "verifier": "code"}
     golds = [gold for gold in golds if gold and gold.strip()]

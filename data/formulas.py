@@ -82,7 +82,7 @@ def make_problems(split: str, count: int, seed: int = 0) -> list[dict]:
 
 def for_training(record: dict) -> dict:
     """A plan record, for sft.py: its answer is the author's program."""
-    names = ("id", "problem", "plan", "think")
+    names = ("id", "verifier", "problem", "plan", "think")
     return {**{name: record[name] for name in names}, "answer": record["program"]}
 
 

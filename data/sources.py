@@ -671,7 +671,7 @@ def with_usable_golds(name: str, problems: list[dict]) -> list[dict]:
         require(
             parse_name(name),
             f"{name}: {count} answers cannot be graded, the first in record {id}: {reason}; mend "
-            "or remove them",
+            "or remove such records",
         )
         print0(
             f"{name}: {count} records left out, because their answers cannot be graded (first: "

@@ -259,6 +259,11 @@ def same_answers(records: list[dict], firsts: list[str], others: list[str]) -> l
     return same
 
 
+def boxed(record: dict) -> bool:
+    r"""Whether answers belong into a \boxed{}. Not programs, whose braces need not balance."""
+    return verifier_of(record) != "code"
+
+
 def plan_leaks(record: dict, plan: str) -> bool:
     """Whether a plan already holds the final answer. Linear time.
 

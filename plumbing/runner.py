@@ -291,21 +291,21 @@ def not_ready() -> str | None:
 def bad_tests(tests) -> str | None:
     """Why these are no tests, or None."""
     if not isinstance(tests, dict):
-        return "has no tests"
+        return "it has no tests"
     inputs, outputs = tests.get("inputs"), tests.get("outputs")
     if not (isinstance(inputs, list) and isinstance(outputs, list)) or not inputs:
-        return "has tests without lists of inputs and outputs"
+        return "it has tests without lists of inputs and outputs"
     if len(inputs) != len(outputs):
-        return f"has tests with {len(inputs)} inputs and {len(outputs)} outputs"
+        return f"it has tests with {len(inputs)} inputs and {len(outputs)} outputs"
     if not isinstance(tests.get("fn"), (str, type(None))):
-        return "has tests whose fn is not a name"
+        return "it has tests whose fn is not a name"
     wanted = list if tests.get("fn") and not tests.get("literal") else str
     if not all(isinstance(one, wanted) for one in inputs):
-        return f"has tests with an input that is no {wanted.__name__}"
+        return f"it has tests with an input that is no {wanted.__name__}"
     if not tests.get("fn") and not all(isinstance(one, str) for one in outputs):
-        return "has tests with an output that is no text"
+        return "it has tests with an output that is no text"
     size = max(map(len, outputs)) if not tests.get("fn") else len(json.dumps(outputs))
-    return "has tests with too much output" if size > OUTPUT else None
+    return "it has tests with too much output" if size > OUTPUT else None
 
 
 def stats(reset: bool = False) -> dict[str, int]:

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +19,13 @@ import grpo
 import sft
 from bench.rewards import ADD, HONEST, SUM, TAKES_TIME, Surroundings, filled
 from conftest import ROOT
-from data import code, formulas, sources, toy
+from data import code, formulas, sources, toy, verifiers
 from data.sources import load_gradable, load_records, read_hub
-from data.verifiers import verify
+from data.verifiers import boxed, verify
 from plumbing import runner
 from plumbing.sandbox import encode, eval_literal
-from rewards import build_completion, parse_completion
+from plumbing.votes import label_votes
+from rewards import build_completion, extract_answer, parse_completion
 
 
 @pytest.fixture(autouse=True)
@@ -302,7 +302,7 @@ def test_other_machines_refuse_with_one_sentence(tmp_path, monkeypatch):
     file = tmp_path / "p.jsonl"
     record = {"id": "r", "problem": "1", "answer": "-", "verifier": "code", "tests": SUM}
     file.write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="record r: needs programs to be run: .*Linux x86-64 only"):
+    with pytest.raises(SystemExit, match="record r: its programs cannot be run: .*Linux x86-64"):
         load_gradable(str(file), lambda text: [1], 10, 0, 0)
     with pytest.raises(RuntimeError, match="Linux x86-64 only, not on Linux arm64"):
         right("print(7)", SUM)
@@ -351,12 +351,71 @@ ANSWERS = [
     ("```python\nprint(7)", "print(7)"),
     ("```print(7)```", "print(7)"),
     ("\\boxed{print('{')}", "print('{')"),
+    ("\\boxed{\n```python\nprint('}')\n```\n}", "print('}')\n"),
+    ("```python\n\\boxed{print(7)}\n```", "print(7)"),
 ]
 
 
 @pytest.mark.parametrize("answer, program", ANSWERS)
 def test_the_last_block_of_an_answer_is_the_program(answer, program):
     assert code.program_in(answer) == program
+
+
+BRACES = [  # programs that print "}"
+    "print('}')",
+    "print('{}'[1:])",
+    "print('\\\\boxed{7}'[-1])",  # the text of a box
+    "print(f'{{{7}}}'[2]) # {",
+]
+
+
+@pytest.mark.parametrize("program", BRACES)
+@pytest.mark.parametrize("form", ["{}", "```python\n{}\n```", "\\boxed{{```python\n{}\n```}}"])
+def test_a_program_is_read_whatever_its_braces_are(program, form):
+    """As the stages do it: the completion that sft.py trains on, and one with a box."""
+    tests = {"inputs": [""], "outputs": ["}"]}
+    record = {"problem": "p", "answer": code.ANSWER, "verifier": "code", "tests": tests}
+    assert not boxed(record) and boxed({"answer": "7"})
+    answer = form.format(program)
+    text = build_completion("plan", "think", answer, boxed(record))
+    assert parse_completion(text).answer == answer  # no box of ours
+    assert verify([record], [extract_answer(text, boxed(record))], [""]) == [True]
+
+
+def test_programs_vote_and_leak_by_their_text_and_never_reach_mathematics(monkeypatch):
+    def mathematics(*given):
+        raise AssertionError("a program was sent to math-verify")
+
+    record = {"id": "1", "problem": "p", "answer": code.ANSWER, "verifier": "code", "tests": SUM}
+    monkeypatch.setattr(verifiers, "grade", mathematics)
+    monkeypatch.setattr(verifiers.mathematics, "restated", mathematics)
+    assert verifiers.same_answers([record], ["print(1)"], ["print(1.0)"]) == [False]
+    assert not verifiers.restated(record, "print(1 + 1)")
+    samples = [{"answer": one, "correct": False} for one in ("print(1)", "print(2)", "print(1)")]
+    label_votes([samples], lambda places, *pairs: verifiers.same_answers([record], *pairs))
+    votes = [sample["vote"] for sample in samples]
+    assert votes[0] == votes[2] != votes[1]
+    assert not verifiers.plan_leaks(record, "read the two numbers, print(1 + 1)")
+
+
+def test_the_stages_write_and_read_programs_without_a_box(monkeypatch):
+    tests = {"inputs": [""], "outputs": ["}"]}
+    record = {"id": "1", "problem": "p", "answer": "-", "verifier": "code", "tests": tests}
+    text = build_completion("plan", "think", f"\\boxed{{```python\n{BRACES[0]}\n```}}", boxed=False)
+    for stage in (grpo, evaluation):
+        monkeypatch.setattr(stage, "completion_texts", lambda tokenizer, ids, stop_ids: [text])
+    group = grpo.Group(record, [grpo.Rollout([1], [1])])
+    grpo.grade_groups(None, [group], [0])
+    assert group.rollouts[0].correct
+    monkeypatch.setattr(evaluation, "find_stop_ids", lambda model, tokenizer: [0])
+    monkeypatch.setattr(evaluation, "complete", lambda *args: ([[0]], [0]))
+    problem = {**record, "benchmark": "b", "prompt": [1]}
+    (judged,) = evaluation.evaluate(None, None, [problem], evaluation.Config(n=1), seed=0)
+    assert [sample["correct"] for sample in judged["samples"]] == [True]
+    tokenizer, (record,) = toy.make_tokenizer(formulas.WORDS), formulas.make_problems("train", 1)
+    ids, prompt = sft.encode_record(tokenizer, formulas.for_training(record), use_plan=True)
+    ending = f"<answer> {record['program']} </answer> <|end|>"
+    assert tokenizer.decode(ids[prompt:]).endswith(ending)
 
 
 def test_records_name_the_verifier_and_others_are_judged_beside_them():
@@ -378,7 +437,7 @@ def test_records_name_the_verifier_and_others_are_judged_beside_them():
 
 
 BAD_TESTS = [
-    (None, "has no tests"),
+    (None, "no tests"),
     ({"inputs": [], "outputs": []}, "without lists of inputs and outputs"),
     ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
     ({"inputs": [[1]], "outputs": ["1"]}, "an input that is no str"),
@@ -394,7 +453,7 @@ def test_a_record_with_unusable_tests_is_refused_with_its_id(tmp_path, tests, re
     file = tmp_path / "p.jsonl"
     record = {"id": "r", "problem": "1", "answer": "-", "verifier": "code", "tests": tests}
     file.write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match=f"record r has .*{reason.removeprefix('has ')}"):
+    with pytest.raises(SystemExit, match=f"record r: it has .*{reason} .*; mend or remove"):
         load_gradable(str(file), lambda text: [1], 10, 0, 0)
 
 
@@ -646,42 +705,33 @@ def test_formulas_are_told_apart_by_the_values_shown():
 
 
 def test_formulas_are_trained_end_to_end(tmp_path, monkeypatch):
+    """The stages run, each verdict logged is that of `passes_by_hand`, and the counters count."""
+
     def call(script, flags):
         monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split()])
         script.main()
 
-    base = tmp_path / "formulas"
-    call(formulas, f"--out {base} --sft 800 --train 60 --test 12")
-    flags = "--epochs 1 --lr 5e-3 --batch_size 20 --eval_every 0 --warmup_steps 5"
-    call(sft, f"--model {base}/model --data {base}/sft.jsonl --out {base}/sft {flags}")
-    runner.stats(reset=True)
-    flags = "--steps 2 --questions 4 --max_prompt_tokens 60 --max_completion_tokens 60"
-    call(
-        grpo,
-        f"--model {base}/sft/model --data {base}/train.jsonl --out {base}/rl {flags} "
-        f"--max_plan_tokens 12 --eval_data {base}/validation.jsonl --eval_size 8 --eval_every 2",
-    )
-    stats = runner.stats(reset=True)
-    assert stats["graded"] == 2 * 4 * 12 + 2 * 8 and stats["judged"] > 0
-    seen = 0
-    steps = [json.loads(line) for line in (base / "rl/rollouts.jsonl").read_text().splitlines()]
-    tests = {
-        json.loads(line)["id"]: json.loads(line)["tests"]
-        for line in (base / "train.jsonl").read_text().splitlines()
-    }
-    for question in steps:
+    lines = lambda name: [*map(json.loads, (tmp_path / name).read_text().splitlines())]
+    call(formulas, f"--out {tmp_path} --sft 300 --train 8 --test 4")
+    flags = "--epochs 1 --lr 1e-2 --batch_size 10 --eval_every 0 --val_size 0 --warmup_steps 3"
+    call(sft, f"--model {tmp_path}/model --data {tmp_path}/sft.jsonl --out {tmp_path}/sft {flags}")
+    limits = "--max_prompt_tokens 60 --max_completion_tokens 60"
+    flags = f"--steps 1 --questions 3 --max_plan_tokens 12 --eval_size 0 {limits}"
+    data, out = tmp_path / "train.jsonl", tmp_path / "rl"
+    call(grpo, f"--model {tmp_path}/sft/model --data {data} --out {out} {flags}")
+    tests, seen = {record["id"]: record["tests"] for record in lines("train.jsonl")}, 0
+    for question in lines("rl/rollouts.jsonl"):
         for completion in (one for plan in question["plans"] for one in plan["completions"]):
             parsed = parse_completion(completion["text"])
             answer = parsed and re.sub(r"^\\boxed\{ ?| ?\}$", "", parsed.answer)
             by_hand = answer and passes_by_hand(answer, tests[question["id"]])
-            if by_hand is not None and answer:
+            if answer and by_hand is not None:
                 seen += 1
                 assert completion["correct"] == by_hand
-    assert seen > 10
-    call(
-        evaluation,
-        f"--model {base}/rl/model --data {base}/test.jsonl --out {base}/eval --n 2 "
-        "--max_prompt_tokens 60 --max_completion_tokens 60",
-    )
-    assert runner.stats()["graded"] == 24
-    shutil.rmtree(base)
+    (metrics,) = lines("rl/metrics.jsonl")
+    assert seen > 5 and metrics["grader_code_graded"] == 3 * 12
+    assert metrics["grader_code_right"] + metrics["grader_code_wrong"] > 0
+    flags = f"--model {out}/model --data {tmp_path}/test.jsonl --out {tmp_path}/eval --n 2 {limits}"
+    call(evaluation, flags)
+    counts = json.loads((tmp_path / "eval/summary.json").read_text())["grader"]
+    assert counts["code_graded"] == 4 * 2 and counts["code_judged"] > 0

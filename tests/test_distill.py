@@ -107,6 +107,15 @@ def test_rule_teacher_writes_plan_records(problems, run, out, capsys):
     assert "12 plans kept, 0 dropped" in capsys.readouterr().out
 
 
+def test_plan_records_keep_the_verifier(problems, run, out):
+    """sft.py asks it whether answers belong into a box."""
+    path, records = problems
+    records[0]["verifier"] = "code"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    run()
+    assert [plan.get("verifier") for plan in read(out)] == ["code"] + [None] * 11
+
+
 def test_a_stopped_run_goes_on_without_losing_or_repeating(problems, run, out, dropped, capsys):
     run()
     records, lines = problems[1], out.read_text().splitlines(keepends=True)
