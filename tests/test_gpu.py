@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import sft
 from conftest import ROOT
@@ -65,3 +67,13 @@ def test_sft_grpo_and_eval(plans, tmp_path, monkeypatch):
     base = ["--model", tmp_path / "grpo/model", "--data", "toy", "--out", tmp_path / "eval"]
     flags = "--limit 10 --n 2 --max_completion_tokens 96".split()
     assert on_gpu("eval.py", *base, *flags)["replays"] >= 20
+
+
+def test_a_model_with_grouped_heads_decodes_by_split_kv(tmp_path):
+    """The toy model on half as many key heads, with random weights: eight rows, one graph."""
+    shutil.copytree(ROOT / "data/toy_base", tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model", num_key_value_heads=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    base = ["--model", tmp_path / "model", "--data", "toy", "--out", tmp_path / "eval"]
+    used = on_gpu("eval.py", *base, *"--limit 4 --n 2 --max_completion_tokens 24".split())
+    assert used["captures"] == 1 and used["split_kv"] >= 3 * used["replays"] >= 3 * 20
