@@ -11,6 +11,7 @@ smollm2: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/smollm2_135m.sh
 
 test: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -r recipes/requirements.txt
 	$(BIN)/ruff check --quiet --config tests/ruff.toml .
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 

@@ -16,7 +16,9 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -354,14 +356,23 @@ def measure_costs(tasks: list[Task]):
 
 
 def read_results() -> list[dict]:
-    """The lines of bench/study.jsonl; those of runs with `token_seconds`, see `measure_costs`."""
+    """The lines of bench/study.jsonl; those of runs with `token_seconds`, see `measure_costs`.
+
+    Rows that differ in rewards alone cost the same: each gets the median of their costs, as the
+    machine's speed varies.
+    """
     text = RESULTS.read_text() if RESULTS.exists() else ""
     lines = [json.loads(line) for line in text.splitlines()]
-    costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
-    for line in lines:
-        if "decoded" in line:
-            own = line["step_seconds"] * len(line["decoded"]) / sum(line["decoded"])
-            line["token_seconds"] = costs.get(line["task"], {}).get(line["row"], own)
+    costs, alike = json.loads(COSTS.read_text()) if COSTS.exists() else {}, {}
+    runs = [line for line in lines if "decoded" in line]
+    costly = re.compile(r"--(?:plans|cots|kl_coef|mini_batches) \S+")
+    work = lambda line: (line["task"], *costly.findall(line["flags"]))
+    for line in runs:
+        own = line["step_seconds"] * len(line["decoded"]) / sum(line["decoded"])
+        cost = costs.get(line["task"], {}).get(line["row"], own)
+        alike.setdefault(work(line), {})[line["row"]] = cost
+    for line in runs:
+        line["token_seconds"] = statistics.median(alike[work(line)].values())
     return lines
 
 

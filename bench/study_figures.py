@@ -25,6 +25,9 @@ CONTRASTS = {  # what is asked -> (row, the row it is compared with)
     "what it does beside a plan reward": ("segment 4x3, beta 0.5", PTA),
     "a large plan reward": ("PTA-GRPO 4x3, beta 0.9", BARE),
     "a sharp plan reward (tau 0.1 or 1)": (TAU, PTA),
+    "leaving r_format out (structure and length)": ("PTA-GRPO 4x3, no format reward", PTA),
+    "leaving the length reward out": ("PTA-GRPO 4x3, no length reward", PTA),
+    "the length reward on right answers alone": ("PTA-GRPO 4x3, length reward if right", PTA),
 }
 TREES = {2: "PTA-GRPO 6x2", 3: PTA, 4: "PTA-GRPO 3x4", 6: "PTA-GRPO 2x6"}  # z -> row
 

@@ -87,7 +87,7 @@ def as_many_steps(f: dict) -> list[str]:
 
 
 def what_the_parts_do(figures: list[dict]) -> str:
-    """The second paragraph: the plan reward, and credit."""
+    """The second paragraph: the plan reward, credit, and the format reward."""
     said, matters = [], []
     for f in figures:
         tests, corr, task = f["contrasts"], f["rows"].get(PTA, {}).get("credit_corr"), f["task"]
@@ -106,11 +106,15 @@ def what_the_parts_do(figures: list[dict]) -> str:
             other = "the same tree with the group's mean as baseline"
             said.append(f"Unbiased segment credit on {task} ends {verdict(test, other)}.")
             matters += [f"segment credit on {task}"] * (settled(test) != "level")
+        for change in (name for name in tests if "r_format" in name or "length reward" in name):
+            if settled(tests[change]) != "level":  # of these, only what shows is worth a sentence
+                said.append(f"On {task}, {change} ends {verdict(tests[change], 'PTA-GRPO')}.")
+                matters.append(f"{change} on {task}")
     if not said:
         return "The rows that show what plan reward and credit do are not finished."
     answer = "Neither plan reward nor segment credit has been seen to make a difference"
     if matters:
-        answer = f"What makes a difference: {', '.join(matters)}"
+        answer = f"Of the parts, these make a difference: {'; '.join(matters)}"
     return f"**{answer}.** {' '.join(said)}"
 
 

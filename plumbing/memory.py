@@ -187,6 +187,8 @@ def advice(parts: dict[str, float], without: dict[str, float], rows: int, gib: f
     fit = rows_that_fit(parts, gib)
     waves = -(-rows // fit) if fit else 0
     rollout = f"{waves} wave{'s' * (waves > 1)} of up to {min(fit, rows)} rows"
+    # plumbing/decoder.py: where it splits keys, an extent of the cache grows with its row.
+    rollout += ", or fewer, as rows share room while they are short" * (waves > 1)
     rollout, limit = rollout if fit else "not one row fits", 0.9 * gib * GIB
     if without["update"] <= limit:
         update = "--activation_checkpointing false fits, and is faster"

@@ -59,7 +59,8 @@ def test_advice_by_hand():
     assert largest_model(parts, 50) == pytest.approx(44.5 / 1.2)
     assert largest_model(parts, 20) == pytest.approx(10 * (9 / 8) ** 2)
     assert advice(parts, without, 20, 20).startswith(
-        "on 20 GiB: 2 waves of up to 12 rows; --activation_checkpointing is needed; models up to"
+        "on 20 GiB: 2 waves of up to 12 rows, or fewer, as rows share room while they are short; "
+        "--activation_checkpointing is needed; models up to"
     )
     roomy = advice(parts, without, 20, 50)
     assert "1 wave of up to 20 rows; --activation_checkpointing false fits, and is faster" in roomy
