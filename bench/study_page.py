@@ -88,7 +88,9 @@ HEADER = """# Does planning pay?
 A row is one setting of `grpo.py`. "4x3" are 4 plans per question with 3 CoTs each; "12x1" are 12
 independent completions. All runs of a task start from the same SFT checkpoint (but for the row
 without SFT) and differ in flags and seed only. Rollouts and evaluation sample at temperature 1: the
-policy is measured as it was trained. Held-out accuracy is over 600 problems x 4 samples.
+policy is measured as it was trained. Held-out accuracy is over 600 problems x 4 samples. Other
+plans were given to the main rows' models of seed 0. Before SFT no plan can be measured: the base
+model of doors has random weights, and that of quantities writes none.
 
 There are three budgets. **Equal tokens**: decoded tokens, where a plan counts once for all of its
 CoTs. Every run ends when its task's budget is decoded, so held-out accuracy is at equal tokens.
