@@ -32,10 +32,13 @@ def chosen_by_user() -> bool:
 def set_threads():
     """A rank's share of the cores, unless the user has set a number.
 
-    Waiting threads sleep: where they spin, as is the default, two programs on the same cores keep
-    each other from working.
+    Waiting threads spin for some microseconds, and then sleep. Where they spin on, as is the
+    default, programs on the same cores keep each other from working. Where they sleep at once, a
+    small model computes half as fast on cores of its own (docs/running.md).
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of GNU's OpenMP
     if not chosen_by_user():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // ranks))

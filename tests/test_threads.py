@@ -14,7 +14,8 @@ SHOW = "import os, plumbing.threads; print(os.environ['OMP_NUM_THREADS'], os.env
 
 def settings(outer: dict, inner: dict, second: str = "OMP_WAIT_POLICY") -> list[str]:
     """What a process has set when its parent began with `outer`, and gave it `inner` as well."""
-    ours = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
+    ours = "OMP_NUM_THREADS OMP_WAIT_POLICY GOMP_SPINCOUNT TORCHELASTIC_RUN_ID LOCAL_WORLD_SIZE"
+    ours = ours.split()
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     words = [f"{name}={value}" for name, value in inner.items()]
     shell = 'env "$@"; true'  # a shell that stays: it is the parent, as torchrun is of its ranks
@@ -27,6 +28,7 @@ def settings(outer: dict, inner: dict, second: str = "OMP_WAIT_POLICY") -> list[
 def test_a_single_process_takes_all_usable_cores_and_its_threads_sleep():
     cores = len(os.sched_getaffinity(0))
     assert settings({}, {}) == [str(min(cores, threads.usable_cores())), "PASSIVE"]
+    assert settings({}, {}, "GOMP_SPINCOUNT")[1] == "10000"
     assert settings({"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}, {}) == ["3", "ACTIVE"]
 
 
