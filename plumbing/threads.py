@@ -33,8 +33,8 @@ def set_threads():
     """A rank's share of the cores, unless the user has set a number.
 
     Waiting threads spin for some microseconds, and then sleep. Where they spin on, as is the
-    default, programs on the same cores keep each other from working. Where they sleep at once, a
-    small model computes half as fast on cores of its own (docs/running.md).
+    default, programs on the same cores keep each other from working. Waking up takes time, so they
+    do not sleep at once (docs/running.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
