@@ -205,6 +205,7 @@ def shard_model(
     device = device or model.device
     use_attention(model).token_logprobs = types.MethodType(token_logprobs, model)
     model.compute_device = device  # model.device is the CPU with cpu_offload
+    model.compute_dtype = compute_dtype(dtype, device)  # model.dtype is fp32 while it is sharded
     blocks = model.get_decoder().layers
     if activation_checkpointing:
         for block in blocks:  # inside FSDP's hooks: the weights are there for the recomputation

@@ -505,11 +505,11 @@ def reserve_cache(model, rows: int, length: int, at_least: int = 1) -> KVCache:
             return cache
     model.kv_cache = cache = None  # free the old one first
     length = -(-length // 64) * 64  # prompts a little longer still fit
-    on_gpu, free = model.device.type == "cuda", free_memory(model.device)
+    free = free_memory(model.device)
     if lockstep := getattr(model, "lockstep", None):  # --tp: all have room for as many
         free = lockstep.least(free, model.device)
-    dtype = torch.bfloat16 if on_gpu else model.dtype  # in which the model computes
-    row_bytes = length * cache_bytes(model.config, dtype)
+    # While a model is gathered for a rollout, its weights have the dtype in which it computes.
+    row_bytes = length * cache_bytes(model.config, model.dtype)
     sampling = SAMPLING_BYTES * model.config.get_text_config().vocab_size
     budget = int(free * CACHE_SHARE.get(model.device.type, 0.5))
     slots = at_once = min(rows, budget // (row_bytes + sampling))

@@ -208,7 +208,9 @@ def dry_run(
     settings, facts: dict[str, object], *, micro_tokens: int, reference: bool = False,
     rows: int = 0, prompt_tokens: int = 0, completion_tokens: int = 0, tp: int = 1,
 ):
-    """Print settings, `facts` (name -> value) and a step's memory on each GPU, in bf16.
+    """Print settings, `facts` (name -> value) and a step's memory on each GPU.
+
+    It is computed in bf16 unless --dtype is fp32.
 
     WORLD_SIZE is the number of GPUs. `rows` sequences of at most prompt + completion tokens are
     decoded at once, by `tp` GPUs together; 0 means that there is no rollout.
@@ -223,7 +225,8 @@ def dry_run(
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     options = dict(ranks=ranks, rows=rows, micro_tokens=micro_tokens, reference=reference)
     options |= dict(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
-    options |= dict(cpu_offload=settings.cpu_offload, tp=tp)
+    dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
+    options |= dict(cpu_offload=settings.cpu_offload, tp=tp, dtype=dtype)
     config = load_config(settings.model)
     parts = estimate(config, **options, checkpointing=settings.activation_checkpointing)
     print0(f"\nmemory per GPU (GiB), with the weights cut over {ranks}")

@@ -130,9 +130,9 @@ class Lockstep:
 
 
 def make_thin(model, tp: int):
-    """This rank's part of a sharded model, without its weights: bf16 on a GPU. A collective."""
+    """This rank's part of a sharded model, without its weights. A collective."""
     device, on_gpu = model.compute_device, model.compute_device.type == "cuda"
-    thin = make_empty(thin_config(model.config, tp), torch.bfloat16 if on_gpu else model.dtype)
+    thin = make_empty(thin_config(model.config, tp), model.compute_dtype)
     thin = use_attention(fuse_norms(thin) if on_gpu else thin)
     # to_empty would empty buffers, too.
     nothing = lambda tensor: torch.empty(0, dtype=tensor.dtype, device=device)

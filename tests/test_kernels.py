@@ -99,7 +99,9 @@ def test_a_decode_step_has_at_most_twenty_small_kernels_per_layer(monkeypatch):
 
 def test_192_rows_of_qwen2_5_7b_fit_beside_its_weights_on_80_gb(monkeypatch):
     """Free: 85 GB without a seventh of 14 bytes per parameter and the whole model in bf16."""
-    model = types.SimpleNamespace(device=torch.device("cuda"), config=load_config(QWEN))
+    model = types.SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.bfloat16, config=load_config(QWEN)
+    )
     parameters = 7.62e9
     free = 85e9 - 1.6e9 - 14 * parameters / 8 - 2 * parameters
     monkeypatch.setattr(decoder, "free_memory", lambda device: int(free))
@@ -185,7 +187,9 @@ def test_memory_for_logits_is_taken_from_the_slots_that_more_rows_share(monkeypa
     A row's logits take 48 x 151,936 = 7.3 MB. 90 % of 42.8 GB are 56 slots with a row each, or 54
     with 192 rows.
     """
-    model = types.SimpleNamespace(device=torch.device("cuda"), config=load_config(QWEN3))
+    model = types.SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.bfloat16, config=load_config(QWEN3)
+    )
     for rows, gigabytes, slots, at_once in (
         (192, 42.8, 54, 192), (40, 42.8, 40, 40), (900, 42.8, 51, 448), (192, 200, 192, 192),
     ):
