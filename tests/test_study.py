@@ -1,5 +1,6 @@
 """The study's page: its test over seeds and problems, curves cut at budgets, and words that fit."""
 
+import json
 import math
 import xml.etree.ElementTree as ET
 
@@ -228,3 +229,54 @@ def test_the_page_knows_the_rows_of_the_study():
     named = {GRPO, PTA, *study_page.CURVES, *study_figures.TREES.values()}
     named |= {row for pair in study_figures.CONTRASTS.values() for row in pair}
     assert named <= set(study.ROWS) and study_figures.SAMPLES == study.SAMPLES
+
+
+# --------------------------------------------------------------------------------------------------
+# The file of results
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """results(lines, costs) -> what `read_results` makes of these files."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
+    monkeypatch.setattr(study, "COSTS", tmp_path / "study_costs.json")
+
+    def read(lines, costs=None):
+        study.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if costs:
+            study.COSTS.write_text(json.dumps(costs))
+        return study.read_results()
+
+    return read
+
+
+def test_a_second_line_of_a_run_adds_its_fields(results):
+    head = {"task": "doors", "row": "SFT", "seed": 0}
+    found = results([
+        {**head, "right": "44"}, {**head, "seed": 1, "right": "00"},
+        {**head, "with_plan": {"own": 0.9}, "score_corr": 0.5},
+    ])
+    assert [line["right"] for line in found] == ["44", "00"]
+    assert found[0]["score_corr"] == 0.5 and "score_corr" not in found[1]
+    # Only a first seed is evaluated with other plans.
+    assert [study.lacks_plans(line) for line in found] == [False, False]
+    assert study.lacks_plans({**head, "right": "44", "with_plan": {}})
+
+
+def test_accuracy_with_the_own_plan_is_of_the_model_that_tried_the_others():
+    run = {"right": "44", "did": {"best": 0.5}}
+    retrained = {**run, "with_plan": {"own": 0.6, "true": 0.8}}
+    assert study_figures.plan_use([run, retrained], [retrained])["own"] == pytest.approx(0.6)
+    older = {"right": "42", "did": {}, "with_plan": {"true": 0.8}}
+    assert study_figures.plan_use([older], [older])["own"] == pytest.approx(0.75)
+
+
+def test_rows_that_differ_in_rewards_alone_cost_the_same(results):
+    run = {"task": "doors", "seed": 0, "decoded": [100, 100], "step_seconds": 3.0}
+    tree = "--plans 4 --cots 3 --beta "
+    lines = [{**run, "row": f"beta {b}", "flags": tree + b} for b in ("0", "0.3", "0.9")]
+    lines += [{**run, "row": "plain", "flags": "--plans 12 --cots 1 --beta 0"}]
+    costs = {"doors": {"beta 0": 0.02, "beta 0.3": 0.05, "plain": 0.04}}
+    # "beta 0.9" was not measured alone: 2 steps x 3 s / 200 tokens = 0.03, the median of the three.
+    found = {line["row"]: line["token_seconds"] for line in results(lines, costs)}
+    assert found == {"beta 0": 0.03, "beta 0.3": 0.03, "beta 0.9": 0.03, "plain": 0.04}
