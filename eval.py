@@ -16,7 +16,6 @@ An interval includes the choice of problems: with 30 problems it stays wide, how
 
 import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
 
-import functools
 import hashlib
 import json
 import math
@@ -29,7 +28,8 @@ import numpy as np
 import torch
 
 from data.sources import load_gradable
-from data.verifiers import boxed, restated, same_answers, tally, verify
+from data.verifiers import boxed, plan_revision, restated, same_answers, tally, verify
+from data.worlds import episode, replies
 from grpo import sample, sample_tree
 from model_utils import (
     completion_texts,
@@ -40,12 +40,15 @@ from model_utils import (
     plan_marks,
 )
 from plumbing import folder
+from plumbing.calls import TOOLS, forged, own_ids, tools_of
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.intervals import accuracy_interval, paired_difference
+from plumbing.log import said_spans
 from plumbing.plans import analyse, analysis_text
 from plumbing.ranks import gather0, init_distributed, print0, progress, rank, require, world_size
 from plumbing.records import Records, load_jsonl
+from plumbing.revision import revision_figures, revision_text
 from plumbing.signals import guarded
 from plumbing.votes import label_votes, maj_at_n
 from plumbing.weights import check_context, load_config
@@ -73,6 +76,7 @@ class Config:
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted (>= 1)
     max_plan_tokens: int = 512  # a longer plan of the model's own gets no CoT; 0: no limit
     max_completion_tokens: int = 3584  # plan and CoT together (>= 1)
+    tools: tuple = ()  # calls that are answered in the think block: calculator, python
     plan: str = ""  # empty: the model's own; none; shuffled; a JSONL file of plans or eval records
     plan_from: str = ""  # with --plan shuffled: the JSONL file that the plans are taken from
     thinking: bool = True  # Qwen3: false renders its non-thinking prompt
@@ -91,6 +95,8 @@ class Config:
         require(len(files) == len(self.data), "--data names a benchmark twice: leave one out")
         require(not shuffled or self.plan_from, "--plan shuffled needs --plan_from FILE with plans")
         require(shuffled or not self.plan_from, "--plan_from goes with --plan shuffled: pass both")
+        known = set(self.tools) <= set(TOOLS)
+        require(known, f"--tools knows {' and '.join(TOOLS)}, not {' '.join(self.tools)}")
         plan, limit = self.max_plan_tokens, self.max_completion_tokens
         require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
         if not self.analysis:
@@ -110,23 +116,26 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 # Sampling and grading
 
-def complete(model, tokenizer, problems: list[dict], config: Config, seed: int) -> tuple:
+def complete(
+    model, tokenizer, problems: list[dict], config: Config, seed: int, prompts: list, respond
+) -> tuple:
     """Token ids of n completions of each problem, problem-major, and the lengths of their plans.
 
-    A given plan is part of its completion, and its length counts as 0, like that of a plan that
-    never closed. The model's own plans are cut at --max_plan_tokens, as in training.
+    `prompts`: with the start of a completion, if it is given. `respond`: see grpo.decode. A given
+    plan is part of its completion, and its length counts as 0, like that of a plan that never
+    closed. The model's own plans are cut at --max_plan_tokens, as in training.
     """
     options = dict(stop_ids=find_stop_ids(model, tokenizer), top_p=config.top_p, seed=seed)
+    options["respond"] = respond
     if not config.plan:
         opened, closed = plan_marks(tokenizer)
         options |= dict(plan_opened=opened, plan_closed=closed)
-        trees = sample_tree(model, [p["prompt"] for p in problems], config, **options)
+        trees = sample_tree(model, prompts, config, **options)
         rollouts = [rollout for tree in trees for rollout in tree]
         return [r.ids for r in rollouts], [r.plan_tokens for r in rollouts]
     given = [problem["given"] for problem in problems for _ in range(config.n)]
     limits = [config.max_completion_tokens - len(plan) for plan in given]
     options |= dict(temperature=config.temperature, n=config.n, max_rows=config.rollout_rows)
-    prompts = [p["prompt"] + p["given"] for p in problems]
     sampled, _ = sample(model, prompts, max_new_tokens=limits, **options)
     return [plan + new for plan, new in zip(given, sampled)], [0] * len(given)
 
@@ -137,19 +146,38 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     samples = []
     if mine:  # the last problems may be fewer than the ranks
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
-        ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank())
-        texts = completion_texts(tokenizer, ids, stop_ids)
-        answers = [extract_answer(text, boxed(p)) for p, text in zip(each, texts)]
         # Sample i of a problem meets the same world in every evaluation with this --seed.
-        salts = [f"{config.seed} {i % n}" for i in range(len(each))]
+        salt_of = lambda i: f"{config.seed} {i % n}"
+        prompts = [p["prompt"] + p.get("given", []) for p in mine]
+        respond = replies(tokenizer, mine, config, stop_ids, salt_of, prompts)
+        where = (mine, config, seed + rank(), prompts, respond)
+        ids, plan_tokens = complete(model, tokenizer, *where)
+        texts = completion_texts(tokenizer, ids, stop_ids)
+        shifts = [len(p.get("given", [])) for p in each]
+        said = [respond.places(i, shift) if respond else [] for i, shift in enumerate(shifts)]
+        own = list(map(own_ids, ids, said))  # only these tokens are judged
+        judged = completion_texts(tokenizer, own, stop_ids) if respond else texts
+        parsed = list(map(parse_completion, judged))
+        answers = [extract_answer(text, boxed(p)) for p, text in zip(each, judged)]
+        answers = list(map(episode, each, judged, answers))
+        salts = [salt_of(i) for i in range(len(each))]
         verdicts = verify(each, answers, salts)
         samples = [
             {"completion": text, "answer": answer, "correct": right, "tokens": len(tokens),
-             "well_formed": parse_completion(text) is not None,
-             "truncated": tokens[-1] not in stop_ids,
+             "well_formed": blocks is not None,
+             "truncated": whole[-1] not in stop_ids,
              "restated": right and restated(p, answer)}
-            for p, text, answer, right, tokens in zip(each, texts, answers, verdicts, ids)
+            for p, text, answer, right, tokens, blocks, whole
+            in zip(each, texts, answers, verdicts, own, parsed, ids)
         ]
+        said = [said_spans(tokenizer, *one) for one in zip(ids, said, texts)]
+        about = zip(each, samples, judged, said, map(plan_revision, each, parsed, answers, salts))
+        for p, sample, text, places, revision in about:
+            if tools_of(p, config.tools):
+                sample |= {"forged": forged(text), "said": places}
+                sample["well_formed"] &= not sample["forged"]
+            if revision is not None:
+                sample["revision"] = revision
         same = lambda places, *pairs: same_answers([mine[i] for i in places], *pairs)
         label_votes([samples[i:i + n] for i in range(0, len(samples), n)], same)
         if config.analysis:  # plan-major: sample i has plan i // cots
@@ -185,6 +213,7 @@ def figures(groups: list[list[dict]]) -> dict:
     chances = {k: [np.mean([pass_at_k(n, c, k) for c in part]) for part in right] for k in powers}
     low, high = accuracy_interval([np.array(part) / n for part in right], n)
     return {
+        **revision_figures([s for part in samples for s in part]),
         "n_problems": sum(map(len, groups)), "n_samples": n, "ci_low": low, "ci_high": high,
         "accuracy": mean([[c / n for c in part] for part in right]),
         "maj_at_n": mean([[maj_at_n(r["samples"]) for r in group] for group in groups]),
@@ -217,6 +246,8 @@ def print_summary(config: Config, summary: dict):
     for name, part in {**summary.get("benchmarks", {}), whole: summary}.items():
         rates = "  ".join(f"pass@{k} {rate:.3f}" for k, rate in part["pass_at_k"].items())
         print0(SUMMARY.format(model=config.model, name=name, rates=rates, **part))
+        if "revisions" in part:
+            print0(revision_text(part))
     for name, part in summary.get("plans", {}).items():
         print0(analysis_text(name, part))
 
@@ -287,7 +318,8 @@ def load_plans(path: str) -> dict[str, str]:
 
 def load_problems(config: Config, tokenizer) -> list[dict]:
     """Problems with token ids `prompt` and `given`, the start of each completion. Collective."""
-    problems, encode = [], functools.partial(encode_prompt, tokenizer)
+    problems = []
+    encode = lambda text, *world: encode_prompt(tokenizer, text, (*config.tools, *world))
     file = config.plan_from or config.plan
     plans = load_plans(file) if file not in ("", "none") else {}
     for name in config.data:
