@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from data.sources import load_gradable
-from data.verifiers import boxed, plan_revision, restated, same_answers, tally, verify
-from data.worlds import episode, replies
+from data.verifiers import plan_revision, reading, restated, same_answers, tally, verify
+from data.worlds import replies
 from grpo import sample, sample_tree
 from model_utils import (
     completion_texts,
@@ -40,7 +40,7 @@ from model_utils import (
     plan_marks,
 )
 from plumbing import folder
-from plumbing.calls import TOOLS, forged, own_ids, tools_of
+from plumbing.calls import check_tools, own_ids
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.intervals import accuracy_interval, paired_difference
@@ -52,7 +52,7 @@ from plumbing.revision import revision_figures, revision_text
 from plumbing.signals import guarded
 from plumbing.votes import label_votes, maj_at_n
 from plumbing.weights import check_context, load_config
-from rewards import TAG, extract_answer, parse_completion
+from rewards import TAG, parse_completion
 
 # How results are printed. The z in a format makes -0.0002 read 0.000, not -0.000.
 SUMMARY = """{model} on {name}: {n_problems} problems x {n_samples}
@@ -91,12 +91,11 @@ class Config:
         """Refuse what cannot work. The default plan limit is cut to half the completion limit."""
         if self.max_plan_tokens == Config.max_plan_tokens:
             self.max_plan_tokens = min(self.max_plan_tokens, self.max_completion_tokens // 2)
+        check_tools(self.tools)
         files, shuffled = {Path(name).resolve() for name in self.data}, self.plan == "shuffled"
         require(len(files) == len(self.data), "--data names a benchmark twice: leave one out")
         require(not shuffled or self.plan_from, "--plan shuffled needs --plan_from FILE with plans")
         require(shuffled or not self.plan_from, "--plan_from goes with --plan shuffled: pass both")
-        known = set(self.tools) <= set(TOOLS)
-        require(known, f"--tools knows {' and '.join(TOOLS)}, not {' '.join(self.tools)}")
         plan, limit = self.max_plan_tokens, self.max_completion_tokens
         require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
         if not self.analysis:
@@ -117,27 +116,51 @@ class Config:
 # Sampling and grading
 
 def complete(
-    model, tokenizer, problems: list[dict], config: Config, seed: int, prompts: list, respond
+    model, tokenizer, problems: list[dict], config: Config, seed: int, respond=None
 ) -> tuple:
     """Token ids of n completions of each problem, problem-major, and the lengths of their plans.
 
-    `prompts`: with the start of a completion, if it is given. `respond`: see grpo.decode. A given
-    plan is part of its completion, and its length counts as 0, like that of a plan that never
-    closed. The model's own plans are cut at --max_plan_tokens, as in training.
+    A given plan is part of its completion, and its length counts as 0, like that of a plan that
+    never closed. The model's own plans are cut at --max_plan_tokens, as in training.
     """
     options = dict(stop_ids=find_stop_ids(model, tokenizer), top_p=config.top_p, seed=seed)
     options["respond"] = respond
     if not config.plan:
         opened, closed = plan_marks(tokenizer)
         options |= dict(plan_opened=opened, plan_closed=closed)
-        trees = sample_tree(model, prompts, config, **options)
+        trees = sample_tree(model, [p["prompt"] for p in problems], config, **options)
         rollouts = [rollout for tree in trees for rollout in tree]
         return [r.ids for r in rollouts], [r.plan_tokens for r in rollouts]
     given = [problem["given"] for problem in problems for _ in range(config.n)]
     limits = [config.max_completion_tokens - len(plan) for plan in given]
     options |= dict(temperature=config.temperature, n=config.n, max_rows=config.rollout_rows)
+    prompts = [p["prompt"] + p["given"] for p in problems]
     sampled, _ = sample(model, prompts, max_new_tokens=limits, **options)
     return [plan + new for plan, new in zip(given, sampled)], [0] * len(given)
+
+
+def grade(tokenizer, each: list, ids: list, given: list, stop_ids: list, config: Config) -> list:
+    """The samples of eval records. `each`: their problems; `given`: places of replies in `ids`."""
+    texts, own = completion_texts(tokenizer, ids, stop_ids), list(map(own_ids, ids, given))
+    judged = completion_texts(tokenizer, own, stop_ids) if any(given) else texts
+    read = [reading(p, text, config.tools) for p, text in zip(each, judged)]
+    # Sample i of a problem meets the same world in every evaluation with this --seed.
+    salts = [f"{config.seed} {i % config.n}" for i in range(len(each))]
+    verdicts = verify(each, [answer for _, answer, _ in read], salts)
+    samples = []
+    for i, ((blocks, answer, forged), right) in enumerate(zip(read, verdicts)):
+        sample = {
+            "completion": texts[i], "answer": answer, "correct": right, "tokens": len(own[i]),
+            "well_formed": blocks is not None,
+            "truncated": ids[i][-1] not in stop_ids,
+            "restated": right and restated(each[i], answer),
+        }
+        if given[i] or forged:
+            said = said_spans(tokenizer, ids[i], given[i], texts[i])
+            sample |= {"said": said, "forged": forged}
+        revision = plan_revision(each[i], blocks, answer, salts[i])
+        samples.append(sample if revision is None else {**sample, "revision": revision})
+    return samples
 
 
 def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) -> list[dict]:
@@ -146,38 +169,10 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     samples = []
     if mine:  # the last problems may be fewer than the ranks
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
-        # Sample i of a problem meets the same world in every evaluation with this --seed.
-        salt_of = lambda i: f"{config.seed} {i % n}"
-        prompts = [p["prompt"] + p.get("given", []) for p in mine]
-        respond = replies(tokenizer, mine, config, stop_ids, salt_of, prompts)
-        where = (mine, config, seed + rank(), prompts, respond)
-        ids, plan_tokens = complete(model, tokenizer, *where)
-        texts = completion_texts(tokenizer, ids, stop_ids)
-        shifts = [len(p.get("given", [])) for p in each]
-        said = [respond.places(i, shift) if respond else [] for i, shift in enumerate(shifts)]
-        own = list(map(own_ids, ids, said))  # only these tokens are judged
-        judged = completion_texts(tokenizer, own, stop_ids) if respond else texts
-        parsed = list(map(parse_completion, judged))
-        answers = [extract_answer(text, boxed(p)) for p, text in zip(each, judged)]
-        answers = list(map(episode, each, judged, answers))
-        salts = [salt_of(i) for i in range(len(each))]
-        verdicts = verify(each, answers, salts)
-        samples = [
-            {"completion": text, "answer": answer, "correct": right, "tokens": len(tokens),
-             "well_formed": blocks is not None,
-             "truncated": whole[-1] not in stop_ids,
-             "restated": right and restated(p, answer)}
-            for p, text, answer, right, tokens, blocks, whole
-            in zip(each, texts, answers, verdicts, own, parsed, ids)
-        ]
-        said = [said_spans(tokenizer, *one) for one in zip(ids, said, texts)]
-        about = zip(each, samples, judged, said, map(plan_revision, each, parsed, answers, salts))
-        for p, sample, text, places, revision in about:
-            if tools_of(p, config.tools):
-                sample |= {"forged": forged(text), "said": places}
-                sample["well_formed"] &= not sample["forged"]
-            if revision is not None:
-                sample["revision"] = revision
+        respond = replies(tokenizer, mine, config, stop_ids, lambda i: f"{config.seed} {i % n}")
+        ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank(), respond)
+        given = [respond.places(i) if respond else [] for i in range(len(ids))]
+        samples = grade(tokenizer, each, ids, given, stop_ids, config)
         same = lambda places, *pairs: same_answers([mine[i] for i in places], *pairs)
         label_votes([samples[i:i + n] for i in range(0, len(samples), n)], same)
         if config.analysis:  # plan-major: sample i has plan i // cots

@@ -31,8 +31,8 @@ from typing import Literal
 import torch
 
 from data.sources import draw, load_questions
-from data.verifiers import boxed, plan_leaks, plan_revision, tally, verify
-from data.worlds import episode, replies
+from data.verifiers import plan_leaks, plan_revision, reading, tally, verify
+from data.worlds import replies
 from model_utils import (
     completion_texts,
     encode_prompt,
@@ -47,7 +47,7 @@ from model_utils import (
 )
 from plumbing.attention import Packed, micro_batches, pack
 from plumbing.balance import balance
-from plumbing.calls import TOOLS, forged, own_ids, tools_of
+from plumbing.calls import check_tools, own_ids
 from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.log import SHOWN, rollout_records, step_metrics
@@ -58,7 +58,7 @@ from plumbing.revision import call_metrics
 from plumbing.run import Run
 from plumbing.signals import guarded
 from plumbing.thin import check_tp, in_lockstep, shared_draw
-from rewards import extract_answer, overlong_penalty, parse_completion, total_reward
+from rewards import overlong_penalty, total_reward
 
 
 @dataclass
@@ -127,8 +127,7 @@ class Config(TrainingFlags):
         require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
         require(self.overlong_buffer <= limit, "--overlong_buffer is above the completion limit")
         check_tp(self)
-        known = set(self.tools) <= set(TOOLS)
-        require(known, f"--tools knows {' and '.join(TOOLS)}, not {' '.join(self.tools)}")
+        check_tools(self.tools)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,22 +322,18 @@ def grade_groups(
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
     questions = [group.question for group in groups for _ in group.rollouts]
-    own = texts
+    own, answers = texts, []
     if any(r.given for r in rollouts):
         own = completion_texts(tokenizer, [own_ids(r.ids, r.given) for r in rollouts], stop_ids)
-    parsed = list(map(parse_completion, own))
-    for rollout, text, said, blocks, question in zip(rollouts, texts, own, parsed, questions):
-        rollout.text, rollout.forged = text, bool(tools_of(question, tools)) and forged(said)
-        rollout.well_formed = blocks is not None and not rollout.forged
-        rollout.leaks = bool(blocks and plan_leaks(question, blocks.plan))
-    # None for a plan that never closed.
-    answers = [extract_answer(text, boxed(question)) for text, question in zip(own, questions)]
-    answers = list(map(episode, questions, own, answers))
     salts = [f"{salt} {i}" for i in range(len(rollouts))]
+    for i, (rollout, question) in enumerate(zip(rollouts, questions)):
+        blocks, answer, rollout.forged = reading(question, own[i], tools)
+        rollout.text, rollout.well_formed = texts[i], blocks is not None
+        rollout.leaks = bool(blocks and plan_leaks(question, blocks.plan))
+        rollout.revision = plan_revision(question, blocks, answer, salts[i])
+        answers.append(answer)
     for rollout, right in zip(rollouts, verify(questions, answers, salts, evaluated)):
         rollout.correct = right
-    for r, *about in zip(rollouts, questions, parsed, answers, salts):
-        r.revision = plan_revision(*about)
 
 
 def group_rewards(groups: list[Group], config: Config) -> dict[str, torch.Tensor]:
@@ -602,7 +597,7 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
     with unsharded(model, config.tp) as sampler:
         if mine or config.tp > 1:
             options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
-            options["respond"] = replies(tokenizer, mine, config, stop_ids)
+            options["respond"] = replies(tokenizer, mine, greedy, stop_ids)
             trees = sample_tree(sampler, [p["prompt"] for p in mine], greedy, **options)
             groups = [Group(problem, tree) for problem, tree in zip(mine, trees)]
             grade_groups(tokenizer, groups, stop_ids, tools=config.tools)

@@ -28,7 +28,7 @@ from model_utils import (
     optimizer_step,
 )
 from plumbing.attention import micro_batches, pack
-from plumbing.calls import TOOLS, encode_with_results, tools_of
+from plumbing.calls import check_tools, encode_with_results, tools_of
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.memory import dry_run_sft
 from plumbing.ranks import all_sum, fail, print0, rank, require, world_size
@@ -61,8 +61,7 @@ class Config(TrainingFlags):
         ranks = world_size()
         whole = self.batch_size % ranks == 0
         require(whole, f"--batch_size must be a multiple of the {ranks} ranks")
-        known = set(self.tools) <= set(TOOLS)
-        require(known, f"--tools knows {' and '.join(TOOLS)}, not {' '.join(self.tools)}")
+        check_tools(self.tools)
 
 
 def encode_record(tokenizer, record: dict, use_plan: bool, tools: tuple = ()) -> tuple:

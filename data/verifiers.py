@@ -32,7 +32,9 @@ from data.own import said
 from plumbing import answers as mathematics
 from plumbing import runner
 from plumbing.answers import GRADER_COUNTS, grade, grader_stats
+from plumbing.calls import forged, tools_of
 from plumbing.ranks import all_gather, fail, require
+from rewards import extract_answer, parse_completion
 
 DEFAULT = "math"
 COUNTS: Counter = Counter()  # what verifiers other than math saw: see `tally`
@@ -262,6 +264,17 @@ def plan_leaks(record: dict, plan: str) -> bool:
     """
     leaks = LEAKS.get(verifier_of(record))
     return leaks(record, plan) if leaks else mathematics.plan_leaks(plan, record["answer"])
+
+
+def reading(record: dict, text: str, tools: tuple = ()) -> tuple:
+    """(blocks or None, answer or None, whether it is forged) of a completion's own `text`.
+
+    One that writes a tool's result itself, where it has `tools` or a world, is malformed. With a
+    world the answer knows what was done. There is none where a plan never closed.
+    """
+    lies = bool(tools_of(record, tools)) and forged(text)
+    answer = worlds.episode(record, text, extract_answer(text, boxed(record)))
+    return None if lies else parse_completion(text), answer, lies
 
 
 def plan_revision(

@@ -92,16 +92,15 @@ def left(planned: Episode, taken: Episode | None) -> bool:
 def replies(
     tokenizer, questions: list[dict], config, stop_ids: list[int],
     salt_of: Callable[[int], str] = lambda number: f" {number}",
-    prompts: list[list[int]] | None = None,
 ) -> Replies | None:
     """What grpo.decode asks for replies; None where no record has tools.
 
-    `prompts`: the lists that the rollouts have, if not those of the questions. Raises SystemExit
-    with --tp, whose ranks would have to agree on replies.
+    `salt_of`: the salt of each completion's number. Raises SystemExit with --tp, whose ranks would
+    have to agree on replies.
     """
     if not any(tools_of(question, config.tools) for question in questions):
         return None
     single = getattr(config, "tp", 1) == 1
     require(single, "--tp samples without tools and worlds: leave --tp out, or the tools")
-    prompts = prompts or [question["prompt"] for question in questions]
-    return Replies(tokenizer, questions, prompts, config.tools, stop_ids, salt_of, say)
+    each = config.plans * config.cots
+    return Replies(tokenizer, questions, each, config.tools, stop_ids, salt_of, say)

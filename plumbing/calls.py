@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from plumbing import runner
 from plumbing.calculator import calculate
-from plumbing.ranks import printable
+from plumbing.ranks import printable, require
 
 CALL_SECONDS = 2.0  # of CPU time for a Python call: the whole batch waits for it
 MAX_RESULT = 256  # tokens of a result
@@ -45,6 +45,12 @@ UNSHOWN = "error: this result cannot be shown"
 TAG = re.compile(rf"<(/?(?:plan|think|answer|result|{'|'.join(PROTOCOLS)}))>", re.IGNORECASE)
 FORGED = re.compile(r"<\s*/?\s*result\s*/?\s*>", re.IGNORECASE)
 RESULT = re.compile(r"\s*<result>(.*?)</result>\s*", re.DOTALL)
+
+
+def check_tools(tools: tuple):
+    """Refuse a --tools that names anything else."""
+    named = " ".join(map(str, tools))
+    require(set(tools) <= set(TOOLS), f"--tools knows {' and '.join(TOOLS)}, not {named}")
 
 
 def tools_of(record: dict, tools: tuple) -> tuple:
@@ -163,24 +169,28 @@ def said_by_python(programs: list[str]) -> list[str]:
 class Replies:
     """What grpo.decode asks after each token: it queues replies as `forced` tokens of rollouts.
 
-    `questions`: records; `prompts`: their prompts, the very lists of the rollouts; `salt_of`: the
-    salt of the completion of that number; `act(record, actions, salt)`: what a record's world says.
-    `given` has the places of forced tokens by a completion's number.
+    `questions`: records with `each` completions; one with `given` token ids begins all of its
+    completions with them. `salt_of`: the salt of the completion of that number;
+    `act(record, actions, salt)`: what a record's world says.
     """
 
     def __init__(
-        self, tokenizer, questions: list[dict], prompts: list[list[int]], tools: tuple,
-        stop_ids: list[int], salt_of: Callable[[int], str], act: Callable,
+        self, tokenizer, questions: list[dict], each: int, tools: tuple, stop_ids: list[int],
+        salt_of: Callable[[int], str], act: Callable,
     ):
         self.tokenizer, self.tools, self.stop_ids = tokenizer, tools, tuple(stop_ids)
-        self.records = {id(prompt): q for prompt, q in zip(prompts, questions)}
-        self.prompts = prompts  # alive, or another list might get the id of one
+        self.questions, self.each = questions, each
         self.salt_of, self.act, self.may_close = salt_of, act, call_marks(tokenizer)
-        self.given: dict[int, list[int]] = {}
+        self.given: dict[int, list[int]] = {}  # places of replies by a completion's number
 
-    def places(self, number: int, shift: int = 0) -> list[int]:
-        """Where the forced tokens of a completion are, if its ids begin with `shift` others."""
-        return [place + shift for place in self.given.get(number, ())]
+    def begun(self, number: int) -> tuple[dict, list[int]]:
+        """The record of a completion, and the token ids that it was given to begin with."""
+        record = self.questions[number // self.each]
+        return record, record.get("given", [])
+
+    def places(self, number: int) -> list[int]:
+        """Where a completion holds replies, counted from its beginning."""
+        return [len(self.begun(number)[1]) + place for place in self.given.get(number, ())]
 
     def __call__(self, rollouts: list):
         """Answer those of the rollouts whose last token has closed a call."""
@@ -189,8 +199,8 @@ class Replies:
             said_last = r.given and r.given[-1] == len(r.ids) - 1
             if r.is_plan or r.forced or said_last or not self.may_close(r.ids):
                 continue
-            record = self.records[id(r.prompt)]
-            text = self.tokenizer.decode(record.get("given", []) + r.ids)
+            record, start = self.begun(r.number)
+            text = self.tokenizer.decode(start + r.ids)
             calls = find_calls(text, tools_of(record, self.tools))
             if len(calls) > r.calls:
                 r.calls = len(calls)

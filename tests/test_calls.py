@@ -19,6 +19,7 @@ from plumbing.calculator import calculate
 from plumbing.calls import encode_result, find_calls, forged
 from plumbing.log import rollout_records
 from plumbing.revision import call_metrics, count, shares
+from rewards import parse_completion
 from sft import Config as SftConfig
 from sft import count_tokens, encode_record, sft_loss
 
@@ -421,7 +422,7 @@ def test_replies_are_not_judged_and_calls_in_a_plan_stay_unanswered(scripted):
 def test_sft_masks_results_and_makes_the_tokens_that_sampling_makes(scripted):
     tokenizer = toy.make_tokenizer(walk.WORDS)
     for r in grown(scripted, tokenizer, walker, RECORD)[0].rollouts[:4]:
-        blocks = grpo.parse_completion(r.text)
+        blocks = parse_completion(r.text)
         ending = blocks.answer.removeprefix("\\boxed{").removesuffix("}").strip()
         record = {**RECORD, "plan": blocks.plan, "think": blocks.think, "answer": ending}
         ids, prompt, said = encode_record(tokenizer, record, use_plan=True)
@@ -433,7 +434,8 @@ def test_sft_masks_results_and_makes_the_tokens_that_sampling_makes(scripted):
     for row, prompt, given in ((ids, prompt, said), (ids[:prompt + 9], prompt, [])):
         logprobs = model(torch.tensor([row])).logits[0].log_softmax(-1)
         places = [k for k in range(prompt, len(row)) if k not in given]
-        expected -= float(sum(logprobs[k - 1, row[k]].detach() for k in places)) / count_tokens(rows)
+        wanted = sum(float(logprobs[k - 1, row[k]].detach()) for k in places)
+        expected -= wanted / count_tokens(rows)
     assert sft_loss(model, rows, SftConfig(), train=False) == pytest.approx(expected, rel=1e-5)
 
 
