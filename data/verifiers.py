@@ -95,6 +95,7 @@ READ = {"choice": choice.choice_of, "moves": lambda record, answer: moves.moves_
 LEAKS = {"choice": choice.leaks, "moves": moves.leaks}
 # The answer that carrying out a plan amounts to, None if unknown; and whether an answer leaves it.
 PLANNED = {
+    "moves": (moves.planned, moves.left),
     "doors": (doors.planned, doors.left),
     "world": (worlds.planned, worlds.left),
 }

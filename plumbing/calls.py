@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from plumbing import runner
 from plumbing.calculator import calculate
-from plumbing.ranks import printable, require
+from plumbing.ranks import fail, printable, require
 
 CALL_SECONDS = 2.0  # of CPU time for a Python call: the whole batch waits for it
 MAX_RESULT = 256  # tokens of a result
@@ -51,6 +51,8 @@ def check_tools(tools: tuple):
     """Refuse a --tools that names anything else."""
     named = " ".join(map(str, tools))
     require(set(tools) <= set(TOOLS), f"--tools knows {' and '.join(TOOLS)}, not {named}")
+    reason = "python" in tools and runner.refusal()
+    require(not reason, f"--tools python cannot be used: {reason}")
 
 
 def tools_of(record: dict, tools: tuple) -> tuple:
@@ -159,7 +161,11 @@ def said_by_python(programs: list[str]) -> list[str]:
         "memory": "out of memory", "output": "too much output", "refused": "it cannot be run",
     }
     said = []
-    for why, text in runner.outputs(bare, CALL_SECONDS) if bare else ():
+    try:
+        outputs = runner.outputs(bare, CALL_SECONDS) if bare else []
+    except RuntimeError as error:  # nothing can be run: the machine is to blame, not a program
+        fail(f"Python calls cannot be answered: {error}")
+    for why, text in outputs:
         error = "" if why == "ok" else f"error: {reasons.get(why, 'it broke off')}"
         parts = [part for part in (text.strip()[:32 * MAX_RESULT], error) if part]
         said.append("\n".join(parts) or "(nothing printed)")

@@ -1,12 +1,14 @@
 """Calls: forced tokens in the sampling loop and in the update, tools, and what cannot be forged."""
 
 import copy
+import json
 import random
 from fractions import Fraction
 
 import pytest
 import torch
 
+import eval as evaluation
 import grpo
 from conftest import make_tiny
 from data import doors, toy, walk
@@ -18,7 +20,7 @@ from plumbing.attention import use_attention
 from plumbing.calculator import calculate
 from plumbing.calls import encode_result, find_calls, forged
 from plumbing.log import rollout_records
-from plumbing.revision import call_metrics, count, shares
+from plumbing.revision import call_metrics, count, revision_text, shares
 from rewards import parse_completion
 from sft import Config as SftConfig
 from sft import count_tokens, encode_record, sft_loss
@@ -474,3 +476,31 @@ def test_the_log_and_the_page_tell_replies_from_the_policys_own_words(scripted):
             figures = c["per_token"][name]
             assert [k for k, x in enumerate(figures) if x is None] == r.given
             assert len(figures) == len(r.ids)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_eval_answers_calls_and_judges_the_same_worlds(given, scripted, monkeypatch):
+    """Also where the plan is given: places and worlds count from the completion's beginning."""
+    tokenizer = toy.make_tokenizer(walk.WORDS)
+    start = f"{PLAN} <think>" if given else ""
+    model = scripted(tokenizer, lambda text: walker(f"{start} {text}"))
+    opening = tokenizer.encode(start, add_special_tokens=False) if given else []
+    prompt = encode_prompt(tokenizer, PROBLEM, ("act",))
+    problems = [{**RECORD, "benchmark": "b", "prompt": prompt, "given": opening}] * 2
+    limits = dict(max_plan_tokens=30, max_completion_tokens=70)
+    config = evaluation.Config(n=4, plan="x" * given, temperature=1.0, top_p=1.0, seed=7, **limits)
+    monkeypatch.setattr(evaluation, "find_stop_ids", lambda *args: [tokenizer.eos_token_id])
+    first, second = evaluation.evaluate(model, tokenizer, problems, config, seed=0)
+    assert first["samples"] == second["samples"]  # sample i meets world i
+    assert len({s["completion"] for s in first["samples"]}) > 1
+    for i, s in enumerate(first["samples"]):
+        asked = [action for _, action in find_calls(s["completion"], ("act",))]
+        assert s["correct"] == walk.play(RECORD, asked, "through", f"7 {i}")[1] and s["well_formed"]
+        said = [s["completion"][a:b].split()[1] for a, b in s["said"]]
+        assert said == [walk.play(RECORD, asked[:k + 1], None, f"7 {i}")[0]
+                        for k in range(len(asked))]
+        assert s["tokens"] == len(s["completion"].split()) + 1 - 3 * len(asked)
+        assert json.loads(json.dumps(s)) == {**s, "revision": list(s["revision"])}
+    summary = evaluation.summarise([first, second])
+    assert summary["revisions"] == 8 and summary["good_left"] == 0
+    assert summary["wrong_left"] == 1 and "8 samples" in revision_text(summary)
