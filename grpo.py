@@ -127,7 +127,7 @@ class Config(TrainingFlags):
         require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
         require(self.overlong_buffer <= limit, "--overlong_buffer is above the completion limit")
         check_tp(self)
-        check_tools(self.tools)
+        check_tools(self.tools, self.tp)
 
 
 # --------------------------------------------------------------------------------------------------

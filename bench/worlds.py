@@ -24,7 +24,11 @@ from plumbing.calls import find_calls
 
 PAGE = Path("bench/WORLDS.md")
 ROWS = (
-    GRPO, "GRPO, small groups", "PTA-GRPO 4x3", "tree 4x3, beta 0", "segment 4x3, beta 0",
+    GRPO,
+    "GRPO, small groups",
+    "PTA-GRPO 4x3",
+    "tree 4x3, beta 0",
+    "segment 4x3, beta 0",
     "segment 4x3, beta 0.5",
 )
 SEEDS = (0, 1, 2)
@@ -55,11 +59,17 @@ def judge_walk(problem: str, plan: str, think: str) -> dict:
 
 
 WALK = study.Task(
-    "walk", walk, judge_walk,
-    data="--sft 12000 --train 8000 --test 600", base="",
+    "walk",
+    walk,
+    judge_walk,
+    data="--sft 12000 --train 8000 --test 600",
+    base="",
     sft="--epochs 1 --lr 3e-3 --batch_size 32",
     limits="--max_plan_tokens 30 --max_completion_tokens 72",
-    plan_tokens=20, cot_tokens=31, plain_steps=60, small=9,
+    plan_tokens=20,
+    cot_tokens=31,
+    plain_steps=60,
+    small=9,
 )
 
 
@@ -74,12 +84,17 @@ def write_page(lines: list[dict]):
         decoded = mean_of(sum(run["decoded"]) if "decoded" in run else None for run in found)
         fate = lambda name: percent(mean_of(run["did"].get(name) for run in found))
         cells = [
-            row, len(found), "–" if decoded is None else f"{decoded:,.0f}",
+            row,
+            len(found),
+            "–" if decoded is None else f"{decoded:,.0f}",
             percent(float(np.mean([shares(run).mean() for run in found]))),
-            interval(test) if test else "", p_text(test["holm"]) if test else "",
+            interval(test) if test else "",
+            p_text(test["holm"]) if test else "",
             number(mean_of(run.get("icc") for run in found)),
             percent(mean_of(run["did"]["value"] for run in found)),
-            fate("plan_wrong"), fate("wrong_left"), fate("left_right"),
+            fate("plan_wrong"),
+            fate("wrong_left"),
+            fate("left_right"),
         ]
         table += " | ".join(map(str, cells)) + "\n"
     PAGE.write_text(HEAD + table)

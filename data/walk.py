@@ -30,7 +30,15 @@ CARE = 0.5
 SPARE = 1  # moves beyond one per hall
 WORLD = "data/walk.py:play"
 WORDS = [
-    *doors.WORDS, "<act>", "</act>", "<result>", "</result>", "open", "shut", "through", "stuck"
+    *doors.WORDS,
+    "<act>",
+    "</act>",
+    "<result>",
+    "</result>",
+    "open",
+    "shut",
+    "through",
+    "stuck",
 ]
 
 
@@ -116,7 +124,7 @@ def main():
     args = toy.parse_arguments(__doc__)
     try:
         problems = make_problems("train", args.sft + args.train, args.seed)
-        files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
+        files = {"sft": problems[: args.sft], "train": problems[args.sft :]}
         for split in ("validation", "test"):
             files[split] = make_problems(split, args.test, args.seed)
     except ValueError as error:

@@ -90,7 +90,10 @@ def left(planned: Episode, taken: Episode | None) -> bool:
 
 
 def replies(
-    tokenizer, questions: list[dict], config, stop_ids: list[int],
+    tokenizer,
+    questions: list[dict],
+    config,
+    stop_ids: list[int],
     salt_of: Callable[[int], str] = lambda number: f" {number}",
 ) -> Replies | None:
     """What grpo.decode asks for replies; None where no record has tools.

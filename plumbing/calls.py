@@ -47,10 +47,11 @@ FORGED = re.compile(r"<\s*/?\s*result\s*/?\s*>", re.IGNORECASE)
 RESULT = re.compile(r"\s*<result>(.*?)</result>\s*", re.DOTALL)
 
 
-def check_tools(tools: tuple):
-    """Refuse a --tools that names anything else."""
+def check_tools(tools: tuple, tp: int = 1):
+    """Refuse a --tools that names anything else, cannot be used here, or not with this --tp."""
     named = " ".join(map(str, tools))
     require(set(tools) <= set(TOOLS), f"--tools knows {' and '.join(TOOLS)}, not {named}")
+    require(tp == 1 or not tools, "--tp samples without tools: leave out --tp or --tools")
     reason = "python" in tools and runner.refusal()
     require(not reason, f"--tools python cannot be used: {reason}")
 
@@ -143,11 +144,12 @@ def encode_with_results(tokenizer, text: str) -> tuple[list[int], list[int]]:
     The results are encoded by themselves, as a tool's reply is.
     """
     ids, given = [], []
-    for i, part in enumerate(RESULT.split(text)):  # own text, result, own text, ...
-        new = encode_result(tokenizer, part) if i % 2 else tokenizer.encode(
-            part, add_special_tokens=False
-        )
-        given += range(len(ids), len(ids) + len(new)) if i % 2 else ()
+    for i, part in enumerate(RESULT.split(text)):
+        if i % 2:  # own text, result, own text, ...
+            new = encode_result(tokenizer, part)
+            given += range(len(ids), len(ids) + len(new))
+        else:
+            new = tokenizer.encode(part, add_special_tokens=False)
         ids += new
     return ids, given
 

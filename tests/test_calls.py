@@ -14,7 +14,7 @@ from conftest import make_tiny
 from data import doors, toy, walk
 from data.worlds import replies
 from grpo import Config, Group, Rollout
-from model_utils import encode_prompt, shard_model
+from model_utils import INSTRUCTION, encode_prompt, shard_model
 from plumbing import calls, decoder
 from plumbing.attention import use_attention
 from plumbing.calculator import calculate
@@ -60,10 +60,10 @@ def by_hand(plain, prompt: list[int], limit: int) -> tuple[list[int], list[int]]
         options = dict(do_sample=False, eos_token_id=[END, CALL], pad_token_id=0)
         whole = torch.tensor([prompt + ids])
         out = plain.generate(whole, max_new_tokens=limit - len(ids), **options)
-        ids = out[0, len(prompt):].tolist()
+        ids = out[0, len(prompt) :].tolist()
         if ids[-1] != CALL:
             break
-        for token in reply(prompt, ids)[:limit - len(ids)]:
+        for token in reply(prompt, ids)[: limit - len(ids)]:
             given.append(len(ids))
             ids.append(token)
     return ids, given
@@ -83,8 +83,13 @@ def test_greedy_decode_with_calls_equals_generate_continued_by_hand(models, max_
 def drawn(models):
     """A tree of 36 completions with calls, and its rollouts as a list."""
     config = Config(
-        plans=3, cots=4, max_completion_tokens=43, max_plan_tokens=10, rollout_rows=8,
-        kl_coef=0.0, tokens_per_micro_batch=400,
+        plans=3,
+        cots=4,
+        max_completion_tokens=43,
+        max_plan_tokens=10,
+        rollout_rows=8,
+        kl_coef=0.0,
+        tokens_per_micro_batch=400,
     )
     options = dict(plan_closed=lambda ids: ids[-1] % 5 == 0 and len(ids) > 2, stop_ids=[END])
     trees = grpo.sample_tree(models[0], PROMPTS, config, seed=3, respond=respond, **options)
@@ -100,8 +105,8 @@ def test_sampled_logprobs_are_teacher_forced_and_replies_are_nobodys_choice(mode
         wanted, k = [], r.plan_tokens
         while k < len(r.ids) and not r.is_plan:  # each call after the plan, and its reply
             if r.ids[k] == CALL and k + 1 < len(r.ids):
-                said = reply(r.prompt, r.ids[:k + 1])[:len(r.ids) - k - 1]
-                assert r.ids[k + 1:k + 1 + len(said)] == said
+                said = reply(r.prompt, r.ids[: k + 1])[: len(r.ids) - k - 1]
+                assert r.ids[k + 1 : k + 1 + len(said)] == said
                 cut += len(said) < 3
                 wanted += range(k + 1, k + 1 + len(said))
                 k += len(said)
@@ -115,7 +120,7 @@ def test_sampled_logprobs_are_teacher_forced_and_replies_are_nobodys_choice(mode
         numbers.append(r.number)
         assert r.number == place or r.is_plan or not r.plan_tokens
     assert cut > 0 and sum(len(r.given) for r in rollouts) > 60
-    assert sum(r.ids[:r.plan_tokens].count(CALL) for r in rollouts)  # not answered in plans
+    assert sum(r.ids[: r.plan_tokens].count(CALL) for r in rollouts)  # not answered in plans
 
 
 def test_update_counts_own_tokens_only_and_its_gradient_is_a_plain_masked_loss(models, drawn):
@@ -154,7 +159,12 @@ def test_update_counts_own_tokens_only_and_its_gradient_is_a_plain_masked_loss(m
 
 def test_limits_count_replies_and_the_length_reward_does_not():
     make = lambda n, given, stopped: Rollout(
-        [3], [20], ids=[5] * n, given=list(range(given)), correct=True, well_formed=True,
+        [3],
+        [20],
+        ids=[5] * n,
+        given=list(range(given)),
+        correct=True,
+        well_formed=True,
         stopped=stopped,
     )
     rollouts = [make(18, 10, True), make(8, 0, True), make(10, 0, True), make(20, 12, False)]
@@ -179,7 +189,8 @@ def test_calls_are_found_after_the_plan_and_before_the_end_of_thinking():
     tools = ("calculator", "act")
     one = "<calculator> 1 + 1 </calculator>"
     assert find_calls(f"<plan>{one}</plan><think>{one} <act>go</act>", tools) == [
-        ("calculator", "1 + 1"), ("act", "go")
+        ("calculator", "1 + 1"),
+        ("act", "go"),
     ]
     assert find_calls(f"<plan>{one}", tools) == []
     assert find_calls(f"<think> {one} </think> {one}", tools) == [("calculator", "1 + 1")]
@@ -211,7 +222,9 @@ def bytes_tokenizer():
     whole.decoder = detokenizers.ByteLevel()
     whole.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|im|>")])
     return PreTrainedTokenizerFast(
-        tokenizer_object=whole, eos_token="<|end|>", clean_up_tokenization_spaces=False,
+        tokenizer_object=whole,
+        eos_token="<|end|>",
+        clean_up_tokenization_spaces=False,
         chat_template=toy.CHAT_TEMPLATE,
     )
 
@@ -233,7 +246,7 @@ def test_a_result_holds_no_tag_and_no_special_token_and_is_capped():
     # Without the special token in between, pieces would become a tag.
     assert decode("</res<|end|>ult>") == f"\n<result>\n{calls.UNSHOWN}\n</result>\n"
     assert decode("x" * 1000, most=8) == "\n<result>\nxxxxxxxx [cut]\n</result>\n"
-    seven, = tokenizer.encode("7")
+    (seven,) = tokenizer.encode("7")
     assert seven not in encode_result(tokenizer, "7", stop_ids=(seven,))
     assert stop not in encode_result(tokenizer, "<|end|>")
     decode("\udc80 \x00 \x1b[2J")  # what a program may print
@@ -276,16 +289,32 @@ def random_expression(rng: random.Random, depth: int) -> tuple[str, Fraction | N
     text = f"({a}) {sign} ({b})"
     if x is None or y is None or sign in "/^" and not (y if sign == "/" else x or y >= 0):
         return text, None
-    by_hand = {"+": lambda: x + y, "-": lambda: x - y, "*": lambda: x * y, "/": lambda: x / y,
-               "^": lambda: x ** int(y)}
+    by_hand = {
+        "+": lambda: x + y,
+        "-": lambda: x - y,
+        "*": lambda: x * y,
+        "/": lambda: x / y,
+        "^": lambda: x ** int(y),
+    }
     return text, by_hand[sign]()
 
 
 def test_the_calculator_is_exact():
     known = {
-        "1 + 2 * 3": "7", "-2^2": "-4", "2^3^2": "512", "(1/3 + 1/6) * 4": "2", "1/8": "0.125",
-        "7/3": "7/3", "2^-3": "0.125", "3 × 4 ÷ 6 − 1": "1", "(-1)^1000000000001": "-1",
-        "--3": "3", "0.1 + 0.2": "0.3", "1,000 * 2": "2000", "-1/4": "-0.25", "2 ** 10": "1024",
+        "1 + 2 * 3": "7",
+        "-2^2": "-4",
+        "2^3^2": "512",
+        "(1/3 + 1/6) * 4": "2",
+        "1/8": "0.125",
+        "7/3": "7/3",
+        "2^-3": "0.125",
+        "3 × 4 ÷ 6 − 1": "1",
+        "(-1)^1000000000001": "-1",
+        "--3": "3",
+        "0.1 + 0.2": "0.3",
+        "1,000 * 2": "2000",
+        "-1/4": "-0.25",
+        "2 ** 10": "1024",
     }
     assert {text: calculate(text) for text in known} == known
     wrongs = ["1/0", "2(3)", "", "1 +", "(1", "1)", "1e5", "9^9^9", "x", "__import__('os')"]
@@ -303,8 +332,18 @@ def test_the_calculator_is_exact():
 
 
 def test_python_calls_are_run_side_by_side_and_say_why_they_fail():
-    programs = ["print(2**70)", "1/0", "while True: pass", "```python\nprint('a')\n```", "x = 1",
-                "open('/etc/passwd')", "print(2**70)", "if", "import sys; sys.exit('no')", "\0"]
+    programs = [
+        "print(2**70)",
+        "1/0",
+        "while True: pass",
+        "```python\nprint('a')\n```",
+        "x = 1",
+        "open('/etc/passwd')",
+        "print(2**70)",
+        "if",
+        "import sys; sys.exit('no')",
+        "\0",
+    ]
     said = calls.said_by_python(programs)
     assert said[0] == said[6] == "1180591620717411303424" and said[3] == "a"
     assert said[1] == "ZeroDivisionError: division by zero"
@@ -326,7 +365,9 @@ def scripted(monkeypatch):
         def step(self, active):
             logits = torch.full((len(active), len(tokenizer)), -50.0)
             for row, s in enumerate(active):
-                token, = tokenizer.encode(policy(tokenizer.decode(s.ids)), add_special_tokens=False)
+                (token,) = tokenizer.encode(
+                    policy(tokenizer.decode(s.ids)), add_special_tokens=False
+                )
                 logits[row, token] = 50.0
             return logits
 
@@ -359,9 +400,9 @@ def walker(text: str) -> str:
 def grown(scripted, tokenizer, policy, record, salt="s", **settings):
     """Graded groups of one question under a scripted policy."""
     record = {**record, "prompt": encode_prompt(tokenizer, record["problem"])}
-    config = Config(**{
-        **dict(plans=2, cots=6, max_plan_tokens=30, max_completion_tokens=70), **settings
-    })
+    config = Config(
+        **{**dict(plans=2, cots=6, max_plan_tokens=30, max_completion_tokens=70), **settings}
+    )
     marks = grpo.plan_marks(tokenizer)
     model = scripted(tokenizer, policy)
     options = dict(plan_opened=marks[0], plan_closed=marks[1], stop_ids=[tokenizer.eos_token_id])
@@ -381,7 +422,7 @@ def test_every_cot_walks_in_a_world_of_its_own_and_the_judge_replays_it(scripted
     for i, r in enumerate(rollouts):
         asked = [action for _, action in find_calls(r.text, ("act",))]
         said = [w for w in r.text.split() if w in ("open", "shut")]
-        replayed = [walk.play(RECORD, asked[:k + 1], None, f"s {i}")[0] for k in range(len(asked))]
+        replayed = [walk.play(RECORD, asked[: k + 1], None, f"s {i}")[0] for k in range(len(asked))]
         assert said == replayed and r.calls == len(asked) and len(r.given) == 3 * len(asked)
         assert r.correct == (said.count("open") == 3) and r.well_formed and not r.forged
         # The plan was wrong where one of its doors was shut, and then the walker left it.
@@ -412,7 +453,7 @@ def test_replies_are_not_judged_and_calls_in_a_plan_stay_unanswered(scripted):
     r"""A result may hold a box: the answer must be the policy's own."""
     tokenizer = bytes_tokenizer()
     text = "<plan><calculator>1+1</calculator></plan><think><calculator>12/8</calculator>"
-    script = lambda so_far: text[len(so_far):][:1] if len(so_far) < len(text) else "<|end|>"
+    script = lambda so_far: text[len(so_far) :][:1] if len(so_far) < len(text) else "<|end|>"
     settings = dict(tools=("calculator",), max_plan_tokens=60, max_completion_tokens=200, cots=1)
     record = {"id": "c", "problem": "12 / 8", "answer": "1.5"}
     r = grown(scripted, tokenizer, script, record, **settings)[0].rollouts[0]
@@ -430,10 +471,10 @@ def test_sft_masks_results_and_makes_the_tokens_that_sampling_makes(scripted):
         ids, prompt, said = encode_record(tokenizer, record, use_plan=True)
         assert ids[prompt:] == r.ids and [place - prompt for place in said] == r.given
     model = shard_model(make_tiny("qwen2", vocab_size=len(tokenizer)))
-    rows = [(ids, prompt, said), (ids[:prompt + 9], prompt)]
+    rows = [(ids, prompt, said), (ids[: prompt + 9], prompt)]
     assert count_tokens(rows) == len(ids) - prompt - len(said) + 9
     expected = 0.0
-    for row, prompt, given in ((ids, prompt, said), (ids[:prompt + 9], prompt, [])):
+    for row, prompt, given in ((ids, prompt, said), (ids[: prompt + 9], prompt, [])):
         logprobs = model(torch.tensor([row])).logits[0].log_softmax(-1)
         places = [k for k in range(prompt, len(row)) if k not in given]
         wanted = sum(float(logprobs[k - 1, row[k]].detach()) for k in places)
@@ -451,7 +492,10 @@ def test_revisions_are_counted_by_hand():
     assert count(seen) == [6, 3, 2, 1, 1]
     figures = shares(count(seen))
     assert figures == {
-        "plan_wrong": 1 / 2, "wrong_left": 2 / 3, "left_right": 1 / 2, "good_left": 1 / 3
+        "plan_wrong": 1 / 2,
+        "wrong_left": 2 / 3,
+        "left_right": 1 / 2,
+        "good_left": 1 / 3,
     }
     assert shares([0, 0, 0, 0, 0]) == {}
     assert shares([2, 0, 0, 0, 1]) == {"plan_wrong": 0.0, "good_left": 0.5}
@@ -459,13 +503,13 @@ def test_revisions_are_counted_by_hand():
 
 def test_the_log_and_the_page_tell_replies_from_the_policys_own_words(scripted):
     tokenizer = toy.make_tokenizer(walk.WORDS)
-    group, = grown(scripted, tokenizer, walker, RECORD)
+    (group,) = grown(scripted, tokenizer, walker, RECORD)
     config = Config(plans=2, cots=6, kl_coef=0.0)
     model = shard_model(make_tiny("qwen2", vocab_size=len(tokenizer)))
     micros = grpo.make_micro_batches(group.rollouts, config, CPU)
     grpo.update(model, torch.optim.SGD(model.parameters(), 0.0), micros, config, 0.0)
     rewards = grpo.group_rewards([group], config)
-    record, = rollout_records([group], rewards, [micros], tokenizer, 1)
+    (record,) = rollout_records([group], rewards, [micros], tokenizer, 1)
     completions = [c for plan in record["plans"] for c in plan["completions"]]
     for r, c in zip(group.rollouts, completions, strict=True):
         pieces = [r.text[a:b].split() for a, b in c["said"]]
@@ -497,10 +541,34 @@ def test_eval_answers_calls_and_judges_the_same_worlds(given, scripted, monkeypa
         asked = [action for _, action in find_calls(s["completion"], ("act",))]
         assert s["correct"] == walk.play(RECORD, asked, "through", f"7 {i}")[1] and s["well_formed"]
         said = [s["completion"][a:b].split()[1] for a, b in s["said"]]
-        assert said == [walk.play(RECORD, asked[:k + 1], None, f"7 {i}")[0]
-                        for k in range(len(asked))]
+        assert said == [
+            walk.play(RECORD, asked[: k + 1], None, f"7 {i}")[0] for k in range(len(asked))
+        ]
         assert s["tokens"] == len(s["completion"].split()) + 1 - 3 * len(asked)
         assert json.loads(json.dumps(s)) == {**s, "revision": list(s["revision"])}
     summary = evaluation.summarise([first, second])
     assert summary["revisions"] == 8 and summary["good_left"] == 0
     assert summary["wrong_left"] == 1 and "8 samples" in revision_text(summary)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(tools=("calculator", "shell")), "--tools knows calculator and python, not"),
+        (dict(tools=("python",), tp=2), "--tp samples without tools"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused_in_one_sentence(flags, message, monkeypatch):
+    monkeypatch.setattr(grpo, "check_tp", lambda config: None)
+    with pytest.raises(SystemExit, match=message):
+        Config(**flags).check()
+
+
+def test_the_prompt_explains_calls_only_where_there_are_any():
+    tokenizer = bytes_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    text = lambda *tools: tokenizer.decode(encode_prompt(tokenizer, "1 + 1", tools))
+    assert text() == f"{INSTRUCTION}1 + 1"
+    assert text("calculator").startswith(f"{INSTRUCTION} Between <think> and </think> you may")
+    assert "<calculator>" in text("calculator") and "<python>" not in text("calculator")
+    assert "<act>ACTION</act>" in text("python", "act")

@@ -84,7 +84,7 @@ def test_an_episode_is_judged_by_replay_and_its_plan_by_carrying_it_out():
         acts = "".join(f"<act>{move}</act>" for move in moves.split())
         text = build_completion(plan, acts or "none", answer)
         whole = worlds.episode(record, text, answer)
-        right, = verify([record], [whole], [salt])
+        (right,) = verify([record], [whole], [salt])
         return right, plan_revision(record, parse_completion(text), whole, salt)
 
     assert seen("C B E I") == (True, (True, True))  # left, and rightly so
@@ -109,7 +109,7 @@ def test_the_readmes_world_of_ones_own_works(tmp_path):
     (tmp_path / "guess.jsonl").write_text(line)
     asked = []
     encode = lambda text, *tools: asked.append((text, tools)) or [1]
-    record, = load_gradable(str(tmp_path / "guess.jsonl"), encode, 9, 0, 0)
+    (record,) = load_gradable(str(tmp_path / "guess.jsonl"), encode, 9, 0, 0)
     assert asked == [(json.loads(line)["problem"], ("act",))]
     low, high, guesses = 1, 100, []
     while low < high:  # by bisection
