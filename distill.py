@@ -92,6 +92,8 @@ def plan_of(record: dict) -> str:
     """The plan behind the solution of an embedded task or of data/gym.py. ValueError for others."""
     if "quantities" in record:
         return gym.plan_of(record)
+    if "route" in record:  # data/walk.py
+        return doors.plan_of(record["problem"], record["route"])
     if record.get("verifier") == "doors":
         return doors.plan_of(record["problem"], record["solution"])
     if record.get("verifier") == "moves":
@@ -230,7 +232,7 @@ def main():
                 if (reason or "").startswith(UNANSWERED):
                     continue  # --resume asks again
                 if reason is None:
-                    names = ("id", "problem", "answer", "verifier")
+                    names = ("id", "problem", "answer", "verifier", "world")
                     named = {name: record[name] for name in names if name in record}
                     kept.append({**named, "plan": plan, "think": record["solution"]})
                 else:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.attention import Packed, use_attention
+from plumbing.calls import protocol
 from plumbing.family import check_family
 from plumbing.kernels import fuse_norms
 from plumbing.memory import CHUNK_LOGITS
@@ -88,12 +89,13 @@ def load_tokenizer(path: str, thinking: bool = True):
     return tokenizer
 
 
-def encode_prompt(tokenizer, problem: str) -> list[int]:
-    """Token ids of instruction and problem, up to where the completion begins.
+def encode_prompt(tokenizer, problem: str, tools: tuple = ()) -> list[int]:
+    """Token ids of instruction (with the protocol of `tools`) and problem, up to the completion.
 
     Only the prompt goes through the chat template: Qwen3's would cut the plan out of a completion.
     """
-    turns = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": problem}]
+    instruction = " ".join(filter(None, (INSTRUCTION, protocol(tools))))
+    turns = [{"role": "system", "content": instruction}, {"role": "user", "content": problem}]
     # Llama's template prints today's date unless it is given one: prompts would change daily.
     options = dict(add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024")
     try:
@@ -101,7 +103,7 @@ def encode_prompt(tokenizer, problem: str) -> list[int]:
     except Exception as error:  # jinja2's TemplateError: Gemma's template refuses a system turn
         if "role" not in str(error).lower():
             raise
-        turns = [{"role": "user", "content": f"{INSTRUCTION}\n\n{problem}"}]
+        turns = [{"role": "user", "content": f"{instruction}\n\n{problem}"}]
         text = tokenizer.apply_chat_template(turns, **options)
     # Some chat templates end with an open <think>. Our completions start with <plan>.
     text = re.sub(r"<think>\s*$", "", text)

@@ -35,6 +35,7 @@ import transformers
 
 from bench.study_page import write_page
 from data import doors, toy
+from plumbing.revision import revision_figures
 from rewards import parse_completion
 
 RESULTS, COSTS = Path("bench/study.jsonl"), Path("bench/study_costs.json")
@@ -262,6 +263,8 @@ def what_the_plans_did(task: Task, records: list[dict]) -> dict:
         "right_if_not": share("right", wrong),
         "revised": share("revised", wrong),
         "right_if_revised": share("right", [row for row in wrong if row["revised"]]),
+        # against the completion's own world
+        **revision_figures([sample for record in records for sample in record["samples"]]),
     }
 
 

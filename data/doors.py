@@ -90,6 +90,16 @@ def planned_route(plan: str) -> str:
     return " ".join(re.findall(r"take ([A-I])", plan))
 
 
+def planned(record: dict, plan: str) -> str:
+    """The answer that carrying out a plan amounts to."""
+    return planned_route(plan)
+
+
+def left(planned: str, answer: str) -> bool:
+    """Whether an answer takes another door than the plan."""
+    return planned.split() != answer.split()
+
+
 # --------------------------------------------------------------------------------------------------
 # Verdicts
 

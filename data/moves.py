@@ -75,6 +75,25 @@ def judge(record: dict, answer: str | None) -> bool:
     return bool(moves) and cell == goal
 
 
+def planned(record: dict, plan: str) -> str:
+    """The moves that carry a plan out, from turn to turn. Empty where a leg is not straight."""
+    (cell, _, _), moves = world_of(record["problem"]), []
+    for turn in re.findall(CELL, plan):
+        right = COLUMNS.index(turn[0]) - COLUMNS.index(cell[0])
+        down = ROWS.index(turn[1]) - ROWS.index(cell[1])
+        if right and down:
+            return ""
+        moves += ["right" if right > 0 else "left"] * abs(right)
+        moves += ["down" if down > 0 else "up"] * abs(down)
+        cell = turn
+    return " ".join(moves)
+
+
+def left(planned: str, answer: str) -> bool:
+    """Whether an answer is another way than the plan's."""
+    return moves_of(answer) != moves_of(planned)
+
+
 def leaks(record: dict, plan: str) -> bool:
     """Whether a plan spells out moves that are right. The cells of a way are no moves."""
     return any(judge(record, moves) for moves in MOVES.findall(plan.lower()))

@@ -647,7 +647,7 @@ def load_gradable(
         verifiers.locate(problem, name)
     problems = without_failing_golds(name, with_usable_golds(name, problems))
     for problem in problems:
-        problem["prompt"] = encode(problem["problem"])
+        problem["prompt"] = encode(problem["problem"], *["act"] * ("world" in problem))
     kept = [problem for problem in problems if len(problem["prompt"]) <= max_prompt_tokens]
     flag = f"--max_prompt_tokens {max_prompt_tokens}"
     require(kept, f"every prompt of {name} is longer than {flag}; raise it")

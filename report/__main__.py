@@ -121,6 +121,29 @@ def plans_table(evals: list[Run]) -> str:
     return dict_table("How much the plan decides", rows, " ".join(notes)) if rows else ""
 
 
+def revisions_table(evals: list[Run]) -> str:
+    """What became of plans that were wrong, of the evaluations where that is known."""
+    rows = []
+    for run in evals:
+        summary = summarise(run.records)
+        benchmarks = summary.get("benchmarks", {run.records[0].get("benchmark", ""): summary})
+        for name, figures in benchmarks.items():
+            share = lambda key: percent(figures[key]) if key in figures else "–"
+            if "revisions" in figures:
+                rows.append({
+                    "evaluation": run.name,
+                    "benchmark": Path(name).name,
+                    "samples": figures["revisions"],
+                    "the plan was wrong": share("plan_wrong"),
+                    "the CoT left it": share("wrong_left"),
+                    "right after leaving": share("left_right"),
+                    "good plans left": share("good_left"),
+                })
+    note = "A plan was wrong if carrying it out would not have succeeded in its sample's world. "
+    note += "Each share is of the one before it, the last one of samples with good plans."
+    return dict_table("What becomes of wrong plans", rows, note) if rows else ""
+
+
 def comparison_table(evals: list[Run]) -> str:
     """Paired differences of every two evaluations, the later one minus the earlier one."""
     rows, notes = [], []
@@ -204,7 +227,7 @@ def machines_table(training: list[Run]) -> str:
 def summary_html(training: list[Run], evals: list[Run]) -> str:
     """All tables of the page."""
     rl, sft = [r for r in training if is_rl(r)], [r for r in training if not is_rl(r)]
-    tables = evaluations_table, plans_table, comparison_table
+    tables = evaluations_table, plans_table, revisions_table, comparison_table
     parts = [make(evals) for make in tables] if evals else []
     parts += [rl_table(rl)] if rl else []
     # SFT and RL share few settings, so each kind has a table of its own.
