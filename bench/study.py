@@ -33,6 +33,7 @@ import transformers
 
 from bench.study_page import write_page
 from data import doors, toy
+from plumbing.ranks import fail, printable
 from rewards import parse_completion
 
 RESULTS, COSTS = Path("bench/study.jsonl"), Path("bench/study_costs.json")
@@ -397,6 +398,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--costs", action="store_true", help="measure seconds per token, and end")
     parser.add_argument("--status", action="store_true", help="print which runs are done, and end")
+    parser.error = fail
     args = parser.parse_args()
     key = lambda line: (line["task"], line["row"], line["seed"])
     done = set(map(key, read_results()))
@@ -415,7 +417,8 @@ def main():
         try:
             result = sft_job(task) if row == "SFT" else run_job(task, row, seed)
         except (SystemExit, Exception) as error:  # the other runs go on
-            return print(f"{task.name}, {row}, seed {seed}: {error}", flush=True)
+            said = printable(f"{task.name}, {row}, seed {seed}: {error}")
+            return print(said, flush=True)
         with open(RESULTS, "a") as file:  # one short write: two threads do not mix lines
             file.write(json.dumps({**result, **machine()}) + "\n")
         right = sum(map(int, result["right"])) / len(result["right"]) / SAMPLES

@@ -33,6 +33,7 @@ from plumbing import grader
 from plumbing.answers import is_number_list, last_box
 from plumbing.ranks import all_gather, fail, init_distributed, print0, rank, require, world_size
 from plumbing.records import load_jsonl
+from plumbing.signals import guarded
 from plumbing.weights import check_context, load_config
 
 # --------------------------------------------------------------------------------------------------
@@ -768,6 +769,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--ngram", type=int, default=13, help="words in a row that count as overlap")
     add("--solutions", action="store_true", help="keep chains of thought (for distill.py)")
     add("--overwrite", action="store_true", help="replace --out")
+    parser.error = fail
     args = parser.parse_args()
     names, out = ", ".join(SOURCES), args.out
     require(parse_name(args.data), f"no data set {args.data!r}: give one of {names}")
@@ -829,4 +831,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -25,7 +25,8 @@ import random
 import re
 from pathlib import Path
 
-from plumbing.ranks import fail, require
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 
 NAMES = "ABCDEF"  # few: a tiny model learns to look one up much sooner than with 16 or 26
 DIGITS = "0123456789"
@@ -267,6 +268,7 @@ def parse_arguments(doc: str = __doc__) -> argparse.Namespace:
         add("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="replace what --out already holds")
+    parser.error = fail
     args = parser.parse_args()
     require(
         args.overwrite or not (Path(args.out) / "sft.jsonl").exists(),
@@ -292,7 +294,7 @@ def write_task(args: argparse.Namespace, files: dict[str, list[dict]], tokenizer
     model.save_pretrained(out / "model")
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
     size = f"{model.num_parameters():,}"
-    print(f"{out}: {counts}; a model of {size} parameters with random weights")
+    print0(f"{out}: {counts}; a model of {size} parameters with random weights")
 
 
 def main():
@@ -309,4 +311,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -23,7 +23,8 @@ import numpy as np
 
 from eval import compare, summarise
 from plumbing.folder import make_folder
-from plumbing.ranks import print0, require
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 from report.figures import RL_GROUPS, SFT_GROUPS, curves_html, pictures
 from report.runs import (
     Run,
@@ -292,6 +293,7 @@ def parse_arguments() -> argparse.Namespace:
         "--pictures", type=Path, metavar="FOLDER",
         help="also write FOLDER/curves.svg and FOLDER/tree.png",
     )
+    parser.error = fail
     args = parser.parse_args()
     example = args.out / "report.html"
     require(not args.out.is_dir(), f"{args.out} is a folder; --out wants a file such as {example}")
@@ -340,4 +342,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)
