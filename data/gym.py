@@ -272,10 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace what --out already holds")
     parser.error = fail
     args = parser.parse_args()
-    require(
-        args.overwrite or not (args.out / "test.jsonl").exists(),
-        f"{args.out} already holds a data set: choose another --out or pass --overwrite",
-    )
+    toy.refuse_occupied(args.out, args.overwrite)
     return args
 
 

@@ -159,12 +159,16 @@ def not_ours(folder: Path) -> list[str]:
 def refuse_place(out: str) -> Path:
     """The folder --out. Raises SystemExit if it is empty, or a folder with another purpose."""
     require(out.strip(), "--out is empty: name a folder, such as runs/mine")
-    folder, home = Path(out).resolve(), Path.home()
     what = ""
-    if folder == home or folder in home.parents:  # "/" is among them
-        what = f"the folder {folder}, which holds more than a run"
-    elif (folder / ".git").exists() or folder == Path(__file__).resolve().parents[1]:
-        what = f"{folder}, which holds a repository"
+    try:
+        # Some containers have no home for their user: then it is "~".
+        folder, home = Path(out).resolve(), Path(os.path.expanduser("~")).resolve()
+        if folder == home or folder in home.parents:  # "/" is among them
+            what = f"the folder {folder}, which holds more than a run"
+        elif (folder / ".git").exists() or folder == Path(__file__).resolve().parents[1]:
+            what = f"{folder}, which holds a repository"
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        what = f"no folder that can be used ({str(error)[:80]})"
     require(not what, f"--out {out} is {what}: name a folder for this run alone, as runs/mine")
     return Path(out)
 
@@ -232,12 +236,16 @@ def lock(path: Path) -> str | None:
     if file in held:
         os.close(handle)
         return None
-    text = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    text = ""
     try:
+        text = os.pread(handle, 200, 0).decode(errors="replace").strip()
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
         return why_no_lock(path, error, holder=text or "another process")
+    if not (path.exists() and os.path.samestat(path.stat(), os.fstat(handle))):
+        os.close(handle)  # another run has removed it meanwhile, with its results
+        return lock(path)
     if text and not text.startswith("process "):
         os.close(handle)
         return f"{path} is no lock of ours: move it away, or choose another --out"

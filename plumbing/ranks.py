@@ -58,7 +58,7 @@ def make_screen_safe():
 
 def fail(message: str):
     """End the program with one sentence and exit code 1. (`signals.guarded` prints it once.)"""
-    raise SystemExit(printable(f"error: {message}"))
+    raise SystemExit(printable(f"error: {message}").replace("\n", "\\n"))
 
 
 def require(condition, message: str):

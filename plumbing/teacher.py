@@ -170,7 +170,7 @@ def servers_words(body: bytes) -> str:
     except (ValueError, RecursionError):
         pass
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= 300 else text[:300] + " …"
+    return (text if len(text) <= 300 else text[:300] + " …") or "nothing"
 
 
 def as_finished(ask: Callable, records: list, threads: int) -> Iterator[tuple]:

@@ -297,9 +297,18 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     example = args.out / "report.html"
     require(not args.out.is_dir(), f"{args.out} is a folder; --out wants a file such as {example}")
+    ours = not args.out.exists() or args.out.is_file() and is_page(args.out)
+    require(ours, f"{args.out} is no page of ours: move it away, or choose another --out")
     require(0 <= args.watch < math.inf, "--watch must be a number of seconds")
     require(0 < args.page_mb < math.inf, "--page_mb must be a number above 0")
     return args
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is empty, or a page that `build` wrote."""
+    with open(file, "rb") as opened:
+        beginning = opened.read(1000)
+    return not beginning or b"<title>PTA-GRPO: " in beginning
 
 
 def sizes(paths: list[str]) -> list[tuple[Path, int]]:
