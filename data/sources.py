@@ -630,7 +630,8 @@ def check_records(name: str, records: list[dict], fields: tuple[str, ...]):
                     f"{where}: {field!r} {problem[:80]}; every record needs the non-empty strings "
                     + ", ".join(fields)
                 )
-        odd = [name for name, value in record.items() if SURROGATE.search(str(value))]
+        texts = {name: value for name, value in record.items() if isinstance(value, str)}
+        odd = [name for name, text in texts.items() if SURROGATE.search(text)]
         require(
             not odd,
             f"{where}: {', '.join(odd):.80} holds half a character (a lone surrogate), which is no "

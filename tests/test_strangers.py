@@ -15,7 +15,7 @@ from bench import strangers_inputs as strange
 from bench.strangers_inputs import FOLDERS, OUTS, OWN, TEXTS, is_plain
 from conftest import ROOT
 from data.sources import load_records
-from plumbing import folder, signals
+from plumbing import folder
 from plumbing.folder import LOCK, check_evaluation, check_run, hold
 from plumbing.log import show_record
 from plumbing.ranks import fail, printable
@@ -27,41 +27,6 @@ HOSTILE = "a\x1b[2J\x1b]0;owned\x07b\rc\x08d\x9b31me\u202ef\u2066g\u2028h\u061ci
 ESCAPED = (
     r"a\x1b[2J\x1b]0;owned\x07b\rc\x08d\x9b31me\u202ef\u2066g\u2028h\u061ci\x00j\x7f"
 )
-
-
-class Exit(BaseException):
-    """Stands for os._exit."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Toy data, plans and a model."""
-    work = tmp_path_factory.mktemp("strangers")
-    strange.prepare(work)
-    return work / "base"
-
-
-@pytest.fixture
-def work(base, tmp_path):
-    (tmp_path / "base").symlink_to(base)
-    return tmp_path
-
-
-@pytest.fixture
-def tried(monkeypatch, capfd):
-    """tried(function): its exit code and what it printed, called as scripts call their main."""
-
-    def leave(code):
-        raise Exit(code)
-
-    def call(function):
-        monkeypatch.setattr(sys, "argv", sys.argv)
-        monkeypatch.setattr(signals.os, "_exit", leave)
-        with pytest.raises((Exit, SystemExit)) as left:
-            signals.guarded(function)
-        return left.value.args[0], "".join(capfd.readouterr())
-
-    return call
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,7 +103,7 @@ def test_an_error_that_quotes_data_is_plain(tmp_path):
 def test_half_a_character_in_data_is_refused_with_its_place(tmp_path):
     """A tokenizer would raise at it, in the middle of a run."""
     file = tmp_path / "data.jsonl"
-    rows = [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "1", "hint": ["\udc80"]}]
+    rows = [{"problem": "p", "answer": "1"}, {"problem": "q", "answer": "1", "hint": "\udc80"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit, match="line 2: hint holds half a character"):
         load_records(str(file))
@@ -219,7 +184,7 @@ def is_locked(path) -> bool:
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path, monkeypatch):
-    """--overwrite removes an evaluation's lock with its results, while another may have opened it."""
+    """--overwrite removes an evaluation's lock with its results; another may have opened it."""
     path, flock, locked = tmp_path / LOCK, folder.fcntl.flock, []
 
     def late(handle, how):

@@ -1,6 +1,8 @@
 """Hostile model folders (bench/strangers_models.py): no pickle is loaded, no code is run."""
 
+import resource
 import shutil
+import signal
 import sys
 
 import pytest
@@ -9,11 +11,11 @@ import torch
 from bench import strangers_inputs as strange
 from bench.strangers import watch
 from bench.strangers_models import EVERYTHING, MARK, MODELS, pickles, put_pickle
+from grpo import Config
 from model_utils import load_model, load_sharded, load_tokenizer
 from plumbing import weights
 from plumbing.ranks import init_distributed, printable
 from plumbing.weights import load_config, read_model
-from test_strangers import base, tried, work  # noqa: F401 -- fixtures
 
 WATCHED = []  # an audit hook cannot be taken away again
 
@@ -26,7 +28,7 @@ def hook():
 
 
 @pytest.fixture
-def folder(work):  # noqa: F811
+def folder(work):
     WATCHED[:] = [shutil.copytree(work / "base/model", work / "strange")]
     yield WATCHED[0]
     WATCHED.clear()
@@ -42,7 +44,7 @@ def load(folder):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hostile_folder_runs_nothing_and_is_refused_with_a_sentence(
-    name, folder, tried, monkeypatch  # noqa: F811
+    name, folder, tried, monkeypatch
 ):
     spoil, fate = MODELS[name]
     spoil(folder)
@@ -56,7 +58,7 @@ def test_a_hostile_folder_runs_nothing_and_is_refused_with_a_sentence(
 
 @pytest.mark.parametrize("stage", strange.STAGES)
 def test_no_stage_loads_a_pickle_or_runs_code_whatever_the_folder_holds(
-    stage, folder, tried  # noqa: F811
+    stage, folder, tried
 ):
     for spoil in EVERYTHING:
         spoil(folder)
@@ -66,13 +68,13 @@ def test_no_stage_loads_a_pickle_or_runs_code_whatever_the_folder_holds(
     assert "Python code, which is not run" in printed
 
 
-def test_a_checkpoint_with_pickles_is_resumed_without_them(folder, tried):  # noqa: F811
-    work, flags = folder.parent, [*strange.GRPO, "--save_every", "1", "--steps"]
-    assert tried(lambda: strange.run_grpo(work, more=[*flags, "2"]))[0] == 0
+def test_a_checkpoint_with_pickles_is_resumed_without_them(folder, tried):
+    work, flags = folder.parent, [*strange.GRPO, "--save_every", 1, "--steps", 2]
+    assert tried(lambda: strange.run_grpo(work, more=flags))[0] == 0
     shutil.rmtree(work / "out/model")
     WATCHED.append(work / "out/step_1")
     pickles(work / "out/step_1")
-    code, printed = tried(lambda: strange.run_grpo(work, more=[*flags, "2", "--resume"]))
+    code, printed = tried(lambda: strange.run_grpo(work, more=[*flags, "--resume"]))
     assert code == 0 and "resuming after step 1" in printed, printed
     assert not (work / "out" / MARK).exists()
 
@@ -82,17 +84,11 @@ def test_a_sharded_model_of_pickles_alone_is_refused(folder):
     (folder / "model.safetensors").unlink()
     device = init_distributed("cpu", alone=True)
     try:
-        with pytest.raises(SystemExit, match="pickles, such as pytorch_model.bin, are never loaded"):
-            load_sharded(str(folder), device, strange_config())
+        with pytest.raises(SystemExit, match="pickles, such as pytorch_model.bin, are never"):
+            load_sharded(str(folder), device, Config(activation_checkpointing=False))
     finally:
         torch.distributed.destroy_process_group()
     assert not (folder.parent / MARK).exists()
-
-
-def strange_config():
-    from grpo import Config
-
-    return Config(activation_checkpointing=False)
 
 
 def test_a_pickle_that_a_hub_models_list_names_is_refused(folder, monkeypatch):
@@ -105,9 +101,6 @@ def test_a_pickle_that_a_hub_models_list_names_is_refused(folder, monkeypatch):
 
 
 def test_limits_on_templates_are_lifted_again():
-    import resource
-    import signal
-
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     with pytest.raises(TimeoutError), weights.bounded(0.05, 1 << 28):
         while True:

@@ -1,5 +1,6 @@
 """The study's page: its test over seeds and problems, curves cut at budgets, and words that fit."""
 
+import json
 import math
 import xml.etree.ElementTree as ET
 
@@ -70,6 +71,40 @@ def test_holm_by_hand():
     # Sorted: 0.01 x 4, 0.02 x 3, 0.04 x 2 = 0.08, then 0.05 x 1 is raised to 0.08.
     assert holm([0.02, 0.05, 0.01, 0.04]) == pytest.approx([0.06, 0.08, 0.04, 0.08])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_costs_are_medians_of_steps_and_alike_rows_share_theirs(tmp_path, monkeypatch, capsys):
+    """Seconds per decoded token: 8 steps of 100 tokens each; the first is slow, as imports are."""
+    for name in ("RESULTS", "COSTS", "RUNS"):
+        monkeypatch.setattr(study, name, tmp_path / getattr(study, name).name)
+    monkeypatch.setattr(study, "MAIN_ROWS", {"a": "--plans 4 --cots 3", "b": "--plans 4 --cots 3 "
+                        "--beta 0", "c": "--plans 12 --cots 1"})
+    monkeypatch.setattr(study, "MORE_ROWS", {})
+    monkeypatch.setattr(study, "SEEDS", dict.fromkeys("abc", 1))
+    steps = {"a": [9, 1, 1, 1, 3, 2, 2, 2], "b": [9, 6, 6, 6, 6, 6, 6, 6], "c": [1] * 8}
+
+    def train(task, row, seed, out, steps_asked):
+        assert (seed, steps_asked) == (0, 8)
+        out.mkdir(parents=True)
+        lines = [json.dumps({"seconds": s, "decoded_tokens": 100}) + "\n" for s in steps[row]]
+        (out / "metrics.jsonl").write_text("".join(lines))
+
+    monkeypatch.setattr(study, "train", train)
+    study.measure_costs([study.TASKS["doors"]])
+    costs = json.loads(study.COSTS.read_text())
+    assert costs["doors"] == {"a": 0.02, "b": 0.06, "c": 0.01}
+    assert "20000.0 us per token" in capsys.readouterr().out
+    assert not (study.TASKS["doors"].folder / "cost").exists()
+
+    line = lambda row, flags: {"task": "doors", "row": row, "flags": flags, "step_seconds": 5.0,
+                               "decoded": [10, 30]}
+    lines = [line("a", "--plans 4 --cots 3"), line("b", "--plans 4 --cots 3 --beta 0"),
+             line("c", "--plans 12 --cots 1"), line("d", "--plans 4 --cots 3 --kl_coef 0"),
+             {"task": "doors", "row": "SFT"}]
+    study.RESULTS.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    seconds = [one.get("token_seconds") for one in study.read_results()]
+    # a and b differ in rewards alone: the median of 0.02 and 0.06. d was not measured: 2 x 5 / 40.
+    assert seconds == [pytest.approx(0.04), pytest.approx(0.04), 0.01, 0.25, None]
 
 
 def test_rows_are_paired_by_seed():
