@@ -34,6 +34,7 @@ from data.verifiers import plan_leaks, verifier_of
 from grpo import sample
 from model_utils import completion_texts, find_stop_ids, load_model, load_tokenizer
 from plumbing.flags import parse_config
+from plumbing.folder import refuse_unusable
 from plumbing.ranks import (
     fail,
     gather0,
@@ -236,6 +237,7 @@ def report(out: Path, counts: Counter, asked: int, before: int) -> int:
 def main():
     config = parse_config(Config)
     ask, out = choose_teacher(config), Path(config.out)
+    refuse_unusable(out)
     same = Path(config.data).resolve() == out.resolve()
     require(not same, f"--out is the --data file {out}; choose another --out")
     kept = Records(out, config)

@@ -26,7 +26,16 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from bench.strangers_inputs import FOLDERS, GRPO, OWN, ROOT, STAGES, TEXTS, is_plain
+from bench.strangers_inputs import (
+    FOLDERS,
+    GRPO,
+    LINES,
+    OWN,
+    ROOT,
+    STAGES,
+    TEXTS,
+    is_plain,
+)
 from bench.strangers_models import EVERYTHING, MARK, MODELS
 from bench.strangers_teacher import BEHAVIOURS, KEY, two_servers
 from plumbing.ranks import fail, printable
@@ -118,14 +127,14 @@ def run(command: list, environment: dict, seconds: float = SECONDS) -> tuple[int
         return None, process.communicate()[0].decode("utf-8", "replace")
 
 
-def judge(code: int | None, output: str, fate: str, work: Path, before: dict) -> list[str]:
+def judge(kind: str, name: str, code: int | None, output: str, work: Path, before: dict) -> list:
     """What is wrong with how a process ended, and with what it left."""
-    wrong = []
+    wrong, fate = [], KINDS[kind][name][1]
     if code is None:
         return [f"hung: {output[-200:]!r}"]
     if not is_plain(output):
         wrong.append(f"raw characters: {[c for c in output if not is_plain(c)][:9]!r}")
-    if "\nerror: forged" in output and fate != "traceback":
+    if "\nerror: forged" in output and name not in LINES:
         wrong.append("a forged line")
     if ("Traceback" in output) != (fate == "traceback"):
         wrong.append(f"traceback: {output[-600:]!r}")
@@ -150,7 +159,7 @@ def try_one(kind: str, name: str, base: Path) -> tuple[str, list[str]]:
         before = contents(work / "base")
         command = [sys.executable, "-m", "bench.strangers", "--enter", kind, name, work]
         code, output = run(command, {**ENVIRONMENT, **CALM, "HOME": str(work)})
-        wrong = judge(code, output, KINDS[kind][name][1], work, before)
+        wrong = judge(kind, name, code, output, work, before)
         return "failed" if wrong else "refused" if code else "survived", wrong
 
 

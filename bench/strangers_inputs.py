@@ -27,7 +27,8 @@ SEQUENCES = [
 ]  # fmt: skip
 TEXT = "".join(SEQUENCES)
 SOUND = TEXT.replace("\ud800", "")  # half a character is refused when data is read
-WORD = SOUND.replace("\x00", "")  # what a command line and a file's name can hold
+# What a command line and a file's name can hold. A line break is its user's own.
+WORD = SOUND.replace("\x00", "").replace("\n", "")
 
 
 def is_plain(text: str) -> bool:
@@ -216,6 +217,8 @@ def odd_flag(script: str) -> Callable:
     return enter
 
 
+# Several lines are usual there.
+LINES = "what libraries log", "a traceback"
 # Name -> (a function of `work`, what must become of it)
 TEXTS: dict[str, tuple[Callable, str]] = {
     "grpo.py, a question shown": (spoilt(run_grpo, "train.jsonl", problem=SOUND), "runs"),

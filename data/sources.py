@@ -31,7 +31,7 @@ from data.choice import LETTERS
 from data.overlap import Overlap
 from plumbing import grader
 from plumbing.answers import is_number_list, last_box
-from plumbing.folder import lock, make_folder
+from plumbing.folder import lock, make_folder, refuse_unusable
 from plumbing.ranks import all_gather, fail, init_distributed, print0, rank, require, world_size
 from plumbing.records import load_jsonl
 from plumbing.signals import guarded
@@ -782,6 +782,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     names, out = ", ".join(SOURCES), args.out
     require(parse_name(args.data), f"no data set {args.data!r}: give one of {names}")
+    refuse_unusable(Path(out))
     fit = Path(out).is_file() or not Path(out).exists()
     require(fit, f"{out} is no file; --out wants one such as runs/problems.jsonl")
     written = [path for path in (Path(out), report_beside(Path(out))) if path.exists()]

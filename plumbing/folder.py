@@ -156,19 +156,27 @@ def not_ours(folder: Path) -> list[str]:
     return [path.name for path in found if foreign(path)]
 
 
+def refuse_unusable(path: Path):
+    """Refuse a path that the system does not take: too long a name, links in a circle."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        fail(f"--out {str(path)[:80]} cannot be used ({error.strerror}): choose another --out")
+
+
 def refuse_place(out: str) -> Path:
     """The folder --out. Raises SystemExit if it is empty, or a folder with another purpose."""
     require(out.strip(), "--out is empty: name a folder, such as runs/mine")
+    refuse_unusable(Path(out))
+    # Some containers have no home for their user: then it stays "~".
+    folder, home = Path(out).resolve(), Path(os.path.expanduser("~")).resolve()
     what = ""
-    try:
-        # Some containers have no home for their user: then it is "~".
-        folder, home = Path(out).resolve(), Path(os.path.expanduser("~")).resolve()
-        if folder == home or folder in home.parents:  # "/" is among them
-            what = f"the folder {folder}, which holds more than a run"
-        elif (folder / ".git").exists() or folder == Path(__file__).resolve().parents[1]:
-            what = f"{folder}, which holds a repository"
-    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
-        what = f"no folder that can be used ({str(error)[:80]})"
+    if folder == home or folder in home.parents:  # "/" is among them
+        what = f"the folder {folder}, which holds more than a run"
+    elif (folder / ".git").exists() or folder == Path(__file__).resolve().parents[1]:
+        what = f"{folder}, which holds a repository"
     require(not what, f"--out {out} is {what}: name a folder for this run alone, as runs/mine")
     return Path(out)
 

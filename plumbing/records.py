@@ -6,7 +6,7 @@ Rank 0 appends whole lines, and --resume skips the records that are there.
 import json
 from pathlib import Path
 
-from plumbing.folder import append_jsonl, hold, make_folder
+from plumbing.folder import append_jsonl, hold, make_folder, refuse_unusable
 from plumbing.ranks import all_gather, barrier, fail, rank, require
 
 
@@ -25,11 +25,12 @@ class Records:
         may share. By default it is beside the file.
         """
         self.path, self.config, self.key = Path(path), config, key
+        self._refuse_occupied()
         self.lock = lock or self.path.with_name(f".{self.path.name}.lock")
         self.done = None
-        self._refuse_occupied()
 
     def _refuse_occupied(self):
+        refuse_unusable(self.path)
         example = self.path / "plans.jsonl"
         require(not self.path.is_dir(), f"{self.path} is a folder; give a file such as {example}")
         fit = self.path.is_file() or not self.path.exists()

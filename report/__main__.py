@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import compare, summarise
-from plumbing.folder import make_folder
+from plumbing.folder import make_folder, refuse_unusable
 from plumbing.ranks import fail, print0, require
 from plumbing.signals import guarded
 from report.figures import RL_GROUPS, SFT_GROUPS, curves_html, pictures
@@ -296,6 +296,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.error = fail
     args = parser.parse_args()
     example = args.out / "report.html"
+    refuse_unusable(args.out)
     require(not args.out.is_dir(), f"{args.out} is a folder; --out wants a file such as {example}")
     ours = not args.out.exists() or args.out.is_file() and is_page(args.out)
     require(ours, f"{args.out} is no page of ours: move it away, or choose another --out")
