@@ -292,7 +292,7 @@ def compare_files(paths: tuple[str, ...], seed: int):
     for k in sorted(k for k in shared if old[k] != new[k]):
         warnings.append(f"--{k} is {old[k]!r} in the first run and {new[k]!r} in the second")
     for warning in warnings:
-        print0(f"warning: {warning}")
+        print0(f"warning: {warning}".replace("\n", "\\n"))  # ids and settings come from files
 
 
 # --------------------------------------------------------------------------------------------------

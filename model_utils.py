@@ -24,6 +24,8 @@ from plumbing.memory import CHUNK_LOGITS
 from plumbing.ranks import device_mesh, fail, print0, rank, require
 from plumbing.thin import thinner
 from plumbing.weights import (
+    check_folder,
+    check_template,
     empty_model,
     fill_model,
     in_short,
@@ -61,6 +63,7 @@ def load_tokenizer(path: str, thinking: bool = True):
     """
     from transformers import AutoTokenizer
 
+    check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception at a damaged file
@@ -86,6 +89,7 @@ def load_tokenizer(path: str, thinking: bool = True):
         spare = "<|finetune_right_pad_id|>"
         has_spare = spare in tokenizer.get_vocab()
         tokenizer.pad_token = spare if has_spare else tokenizer.eos_token
+    check_template(path, tokenizer)
     return tokenizer
 
 

@@ -35,6 +35,7 @@ import transformers
 
 from bench.study_page import write_page
 from data import doors, toy
+from plumbing.ranks import fail, printable
 from plumbing.revision import revision_figures
 from rewards import parse_completion
 
@@ -429,6 +430,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--costs", action="store_true", help="measure seconds per token, and end")
     parser.add_argument("--status", action="store_true", help="print which runs are done, and end")
+    parser.error = fail
     args = parser.parse_args()
     earlier = {key_of(line): line for line in read_results()}
     done = {key for key, line in earlier.items() if not lacks_plans(line)}
@@ -448,7 +450,8 @@ def main():
             key = task.name, row, seed
             result = sft_job(task) if row == "SFT" else run_job(*job, plans_only=key in earlier)
         except (SystemExit, Exception) as error:  # the other runs go on
-            return print(f"{task.name}, {row}, seed {seed}: {error}", flush=True)
+            said = printable(f"{task.name}, {row}, seed {seed}: {error}")
+            return print(said, flush=True)
         with open(RESULTS, "a") as file:  # one short write: two threads do not mix lines
             file.write(json.dumps({**result, **machine()}) + "\n")
         own = result["with_plan"]["own"] if seed == 0 else accuracy(result["right"])

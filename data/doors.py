@@ -24,6 +24,7 @@ import re
 
 from data import toy
 from plumbing.ranks import fail
+from plumbing.signals import guarded
 
 HALLS = ("ABC", "DEF", "GHI")
 CHANCES = ("123", "456", "789")  # in every hall, a bad door, a fair one and a good one
@@ -137,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

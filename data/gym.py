@@ -34,7 +34,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from data import toy
-from plumbing.ranks import fail, require
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 
 # --------------------------------------------------------------------------------------------------
 # Reading a worked answer
@@ -271,10 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace what --out already holds")
     parser.error = fail
     args = parser.parse_args()
-    require(
-        args.overwrite or not (args.out / "test.jsonl").exists(),
-        f"{args.out} already holds a data set: choose another --out or pass --overwrite",
-    )
+    toy.refuse_occupied(args.out, args.overwrite)
     return args
 
 
@@ -298,8 +296,8 @@ def main():
     templates = {record.get("template") for records in files.values() for record in records}
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
     of = f"{len(templates)} templates" if args.task == GSM else args.task
-    print(f"{args.out}: {counts}; {of}")
+    print0(f"{args.out}: {counts}; {of}")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -22,6 +22,7 @@ import re
 
 from data import toy
 from plumbing.ranks import fail
+from plumbing.signals import guarded
 
 COLUMNS, ROWS = "ABCDE", "12345"
 CELLS = [column + row for row in ROWS for column in COLUMNS]
@@ -200,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

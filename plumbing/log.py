@@ -225,7 +225,8 @@ def show_record(record: dict):
     best = max(record["plans"], key=lambda plan: plan["score"])
     completion = best["completions"][0]
     terms = "  ".join(f"{name} {value:.2f}" for name, value in completion["reward"].items())
-    lines = [f"question   {record['problem'][:300]}", f"gold       {record['answer']}"]
+    lines = [f"question   {line}" for line in record["problem"][:300].splitlines()]
+    lines += [f"gold       {line}" for line in record["answer"][:300].splitlines()]
     lines += [f"completion {line}" for line in completion["text"][:1200].splitlines()]
     advantage = completion["advantage"]
     lines.append(f"plan score {best['score']:.2f}   {terms}   advantage {advantage:+.2f}")

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from eval import compare, summarise
-from plumbing.folder import make_folder
-from plumbing.ranks import print0, require
+from plumbing.folder import make_folder, refuse_unusable
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 from report.figures import RL_GROUPS, SFT_GROUPS, curves_html, pictures
 from report.runs import (
     Run,
@@ -315,12 +316,23 @@ def parse_arguments() -> argparse.Namespace:
         "--pictures", type=Path, metavar="FOLDER",
         help="also write FOLDER/curves.svg and FOLDER/tree.png",
     )
+    parser.error = fail
     args = parser.parse_args()
     example = args.out / "report.html"
+    refuse_unusable(args.out)
     require(not args.out.is_dir(), f"{args.out} is a folder; --out wants a file such as {example}")
+    ours = not args.out.exists() or args.out.is_file() and is_page(args.out)
+    require(ours, f"{args.out} is no page of ours: move it away, or choose another --out")
     require(0 <= args.watch < math.inf, "--watch must be a number of seconds")
     require(0 < args.page_mb < math.inf, "--page_mb must be a number above 0")
     return args
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is empty, or a page that `build` wrote."""
+    with open(file, "rb") as opened:
+        beginning = opened.read(1000)
+    return not beginning or b"<title>PTA-GRPO: " in beginning
 
 
 def sizes(paths: list[str]) -> list[tuple[Path, int]]:
@@ -363,4 +375,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

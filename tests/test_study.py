@@ -73,6 +73,40 @@ def test_holm_by_hand():
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
 
 
+def test_costs_are_medians_of_steps_and_alike_rows_share_theirs(tmp_path, monkeypatch, capsys):
+    """Seconds per decoded token: 8 steps of 100 tokens each; the first is slow, as imports are."""
+    for name in ("RESULTS", "COSTS", "RUNS"):
+        monkeypatch.setattr(study, name, tmp_path / getattr(study, name).name)
+    monkeypatch.setattr(study, "MAIN_ROWS", {"a": "--plans 4 --cots 3", "b": "--plans 4 --cots 3 "
+                        "--beta 0", "c": "--plans 12 --cots 1"})
+    monkeypatch.setattr(study, "MORE_ROWS", {})
+    monkeypatch.setattr(study, "SEEDS", dict.fromkeys("abc", 1))
+    steps = {"a": [9, 1, 1, 1, 3, 2, 2, 2], "b": [9, 6, 6, 6, 6, 6, 6, 6], "c": [1] * 8}
+
+    def train(task, row, seed, out, steps_asked):
+        assert (seed, steps_asked) == (0, 8)
+        out.mkdir(parents=True)
+        lines = [json.dumps({"seconds": s, "decoded_tokens": 100}) + "\n" for s in steps[row]]
+        (out / "metrics.jsonl").write_text("".join(lines))
+
+    monkeypatch.setattr(study, "train", train)
+    study.measure_costs([study.TASKS["doors"]])
+    costs = json.loads(study.COSTS.read_text())
+    assert costs["doors"] == {"a": 0.02, "b": 0.06, "c": 0.01}
+    assert "20000.0 us per token" in capsys.readouterr().out
+    assert not (study.TASKS["doors"].folder / "cost").exists()
+
+    line = lambda row, flags: {"task": "doors", "row": row, "seed": 0, "flags": flags,
+                               "step_seconds": 5.0, "decoded": [10, 30]}
+    lines = [line("a", "--plans 4 --cots 3"), line("b", "--plans 4 --cots 3 --beta 0"),
+             line("c", "--plans 12 --cots 1"), line("d", "--plans 4 --cots 3 --kl_coef 0"),
+             {"task": "doors", "row": "SFT", "seed": 0}]
+    study.RESULTS.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    seconds = [one.get("token_seconds") for one in study.read_results()]
+    # a and b differ in rewards alone: the median of 0.02 and 0.06. d was not measured: 2 x 5 / 40.
+    assert seconds == [pytest.approx(0.04), pytest.approx(0.04), 0.01, 0.25, None]
+
+
 def test_rows_are_paired_by_seed():
     run = lambda seed, right: {"seed": seed, "right": right}
     runs = {"a": [run(1, "44"), run(2, "40")], "b": [run(0, "00"), run(2, "20")]}
@@ -237,14 +271,12 @@ def test_the_page_knows_the_rows_of_the_study():
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    """results(lines, costs) -> what `read_results` makes of these files."""
+    """results(lines) -> what `read_results` makes of a file of these."""
     monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
-    monkeypatch.setattr(study, "COSTS", tmp_path / "study_costs.json")
+    monkeypatch.setattr(study, "COSTS", tmp_path / "none.json")
 
-    def read(lines, costs=None):
+    def read(lines):
         study.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        if costs:
-            study.COSTS.write_text(json.dumps(costs))
         return study.read_results()
 
     return read
@@ -269,14 +301,3 @@ def test_accuracy_with_the_own_plan_is_of_the_model_that_tried_the_others():
     assert study_figures.plan_use([run, retrained], [retrained])["own"] == pytest.approx(0.6)
     older = {"right": "42", "did": {}, "with_plan": {"true": 0.8}}
     assert study_figures.plan_use([older], [older])["own"] == pytest.approx(0.75)
-
-
-def test_rows_that_differ_in_rewards_alone_cost_the_same(results):
-    run = {"task": "doors", "seed": 0, "decoded": [100, 100], "step_seconds": 3.0}
-    tree = "--plans 4 --cots 3 --beta "
-    lines = [{**run, "row": f"beta {b}", "flags": tree + b} for b in ("0", "0.3", "0.9")]
-    lines += [{**run, "row": "plain", "flags": "--plans 12 --cots 1 --beta 0"}]
-    costs = {"doors": {"beta 0": 0.02, "beta 0.3": 0.05, "plain": 0.04}}
-    # "beta 0.9" was not measured alone: 2 steps x 3 s / 200 tokens = 0.03, the median of the three.
-    found = {line["row"]: line["token_seconds"] for line in results(lines, costs)}
-    assert found == {"beta 0": 0.03, "beta 0.3": 0.03, "beta 0.9": 0.03, "plain": 0.04}
