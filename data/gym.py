@@ -238,7 +238,7 @@ def make_problems(sizes: dict[str, int], args) -> dict[str, list[dict]]:
     stream = word_problems(args) if args.task == GSM else scored_problems(args)
     while any(len(files[split]) < size for split, size in sizes.items()):
         (key, record), misses = next(stream), misses + 1
-        require(misses < 50_000, "there are no more such problems: ask for fewer, or larger ones")
+        require(misses < 5_000, "there are no more such problems: ask for fewer, or larger ones")
         if record is None or record["problem"] in seen:
             continue
         split = toy.split_of(key)
