@@ -66,8 +66,8 @@ WALK = study.Task(
     base="",
     sft="--epochs 1 --lr 3e-3 --batch_size 32",
     limits="--max_plan_tokens 30 --max_completion_tokens 72",
-    plan_tokens=20,
-    cot_tokens=31,
+    plan_tokens=19,
+    cot_tokens=30.3,
     plain_steps=60,
     small=9,
 )

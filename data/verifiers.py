@@ -93,11 +93,12 @@ CHECKS = {
 READ = {"choice": choice.choice_of, "moves": lambda record, answer: moves.moves_of(answer)}
 # Whether a plan gives the answer away. Without an entry: whether it holds the gold's text.
 LEAKS = {"choice": choice.leaks, "moves": moves.leaks}
-# The answer that carrying out a plan amounts to, None if unknown; and whether an answer leaves it.
+# The answer that carrying out a plan amounts to, None if unknown; whether an answer leaves it; and
+# the verdict, which is not counted.
 PLANNED = {
-    "moves": (moves.planned, moves.left),
-    "doors": (doors.planned, doors.left),
-    "world": (worlds.planned, worlds.left),
+    "moves": (moves.planned, moves.left, lambda record, answer, salt: moves.judge(record, answer)),
+    "doors": (doors.planned, doors.left, doors.judge),
+    "world": (worlds.planned, worlds.left, worlds.judge),
 }
 
 
@@ -286,11 +287,11 @@ def plan_revision(
     A plan is wrong if carrying it out does not succeed in the world of this completion.
     """
     name = verifier_of(record)
-    planned, left = PLANNED.get(name, (None, None))
-    plan = planned(record, blocks.plan) if planned and blocks else None
-    if plan is None or answer is None:
+    if name not in PLANNED or blocks is None or answer is None:
         return None
-    return not VERIFIERS[name]([record], [plan], [salt], False)[0], left(plan, answer)
+    planned, left, judge = PLANNED[name]
+    plan = planned(record, blocks.plan)
+    return None if plan is None else (not judge(record, plan, salt), left(plan, answer))
 
 
 def restated(record: dict, answer: str) -> bool:

@@ -6,9 +6,9 @@
     </result>
     so it is 35 ...                                               written by the model
 
-A call is answered after the plan and before </think>, nowhere else: a plan computes nothing. What
-is said goes through the same keys and values as any token, and counts in limits. It is masked out
-of loss, KL, entropy and their denominators, and does not count in the length reward.
+A call is answered before </think>, and not in a plan, which computes nothing. What is said goes
+through the same keys and values as any token, and counts in limits. It is masked out of loss, KL,
+entropy and their denominators, and does not count in the length reward.
 
 The reply is a pure function of the record, the text so far and the completion's salt. So forks,
 resumed runs and the verifier need no state. It cannot imitate anything: template tags, tags of
@@ -73,18 +73,18 @@ def protocol(tools: tuple) -> str:
 def find_calls(text: str, tools: tuple) -> list[tuple[str, str]]:
     """The complete calls of a completion: (tool, what is asked), in order. Linear time.
 
-    They stand after the plan, if there is one, and before </think>. Within a call nothing else is
-    one, so a call that never closes is the last thing that is looked at.
+    It reads from the left: what a plan holds is skipped, within a call nothing else is one, and
+    </think> ends it. So more text never takes a call back: else a policy could look around in its
+    world, write a plan, and begin again.
     """
-    if "<plan>" in text:
-        text = text.partition("</plan>")[2]
-    text, calls, at = text.partition("</think>")[0], [], 0
-    opening = re.compile(rf"<({'|'.join(tools)})>") if tools else None
+    calls, at = [], 0
+    opening = re.compile(rf"<(plan|/think|{'|'.join(tools)})>") if tools else None
     while opening and (match := opening.search(text, at)):
         end = text.find(f"</{match[1]}>", match.end())
-        if end < 0:
+        if end < 0:  # it never closes, or it is </think>
             break
-        calls.append((match[1], text[match.end():end].strip()))
+        if match[1] != "plan":
+            calls.append((match[1], text[match.end():end].strip()))
         at = end
     return calls
 

@@ -21,7 +21,7 @@ case "$TASK" in
     walk)
         data=(data.walk --train 8000) base="$RUN/data/model" sft=(--epochs 1 --lr 3e-3 --batch_size 32)
         limits=(--max_plan_tokens 30 --max_completion_tokens 72)
-        steps=${STEPS:-30} tree_steps=$((steps * 612 / 452)) ;;  # 12 (20 + 31), 4 (20 + 3 x 31)
+        steps=${STEPS:-30} tree_steps=$((steps * 592 / 440)) ;;  # 12 (19 + 30.3), 4 (19 + 3 x 30.3)
     *) echo "error: no task $TASK: TASK is doors, quantities or walk" >&2; exit 1 ;;
 esac
 stage() { python -m recipes.demo_tools stage "$RUN" "$@"; }

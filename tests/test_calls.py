@@ -12,6 +12,7 @@ import eval as evaluation
 import grpo
 from conftest import make_tiny
 from data import doors, toy, walk
+from data.verifiers import reading
 from data.worlds import replies
 from grpo import Config, Group, Rollout
 from model_utils import INSTRUCTION, encode_prompt, shard_model
@@ -197,6 +198,10 @@ def test_calls_are_found_after_the_plan_and_before_the_end_of_thinking():
     assert find_calls(f"<python>print('{one}')</python>", ("python",)) == [
         ("python", f"print('{one}')")
     ]
+    # What was asked before a plan stays asked: the world must not begin again.
+    peek = f"<act>B</act> <plan>{one}</plan> <think><act>C</act></think> <act>D</act>"
+    assert find_calls(peek, tools) == [("act", "B"), ("act", "C")]
+    assert find_calls(peek[:20], tools) == find_calls(peek[:12], tools) == [("act", "B")]
     # A call that never closes holds all that follows; another tool's tags are text.
     assert find_calls(f"<act>{one}", tools) == []
     assert find_calls(f"<act>{one}", ("calculator",)) == [("calculator", "1 + 1")]
@@ -259,7 +264,7 @@ RESULT <calculator> </calculator> - ** 99999999999999999999 ÷ e x""".split(" ")
 
 def test_ten_thousand_calls_raise_nothing_and_no_reply_imitates_anything():
     rng, tokenizers = random.Random(0), [bytes_tokenizer(), toy.make_tokenizer(walk.WORDS)]
-    values = 0
+    values = lies = 0
     for i in range(10_000):
         asked = "".join(rng.choices(PIECES, k=rng.randrange(12)))
         value = calculate(asked)
@@ -267,7 +272,11 @@ def test_ten_thousand_calls_raise_nothing_and_no_reply_imitates_anything():
         said, most = value if i % 4 < 2 else asked, rng.choice((4, 64))
         ids = encode_result(tokenizers[i % 2], said, most=most)
         assert is_one_result(tokenizers[i % 2], ids), asked
-    assert values > 100
+        if "<result>" in asked or "</result>" in asked:  # if the policy had written it
+            lie = f"<plan>p</plan><think>{asked}</think><answer>1</answer>"
+            assert reading({"answer": "1"}, lie, ("calculator",))[::2] == (None, True)
+            lies += 1
+    assert values > 100 and lies > 1000
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,6 +443,32 @@ def test_every_cot_walks_in_a_world_of_its_own_and_the_judge_replays_it(scripted
     assert [r.text for r in again] == [r.text for r in rollouts]  # waiting changes nothing
     metrics = call_metrics([Group(RECORD, rollouts)], CPU)
     assert metrics["forged"] == 0 and metrics["wrong_left"] == 1 and metrics["calls"] > 3
+
+
+def test_a_policy_that_babbles_is_answered_where_it_calls(monkeypatch):
+    """Random words of the world: every reply is what a replay says, and nothing else is one."""
+    tokenizer = toy.make_tokenizer(walk.WORDS)
+    weight = torch.full((len(tokenizer),), -4.0)
+    for words, size in ((["<act>", "</act>"], 1.0), (doors.DOORS, -1.0), (["<result>"], -3.0)):
+        weight[tokenizer.convert_tokens_to_ids(list(words))] = size
+    step = lambda self, active: weight.expand(len(active), -1)
+    monkeypatch.setattr(decoder.Decoder, "step", step)
+    model = use_attention(make_tiny("qwen2", vocab_size=len(tokenizer)))
+    prompt, stop_ids = encode_prompt(tokenizer, PROBLEM), [tokenizer.eos_token_id]
+    config = Config(plans=60, cots=1, max_plan_tokens=0, max_completion_tokens=90)
+    tell = replies(tokenizer, [RECORD], config, stop_ids)
+    options = dict(plan_closed=None, stop_ids=stop_ids, seed=0, respond=tell)
+    (tree,) = grpo.sample_tree(model, [prompt], config, **options)
+    group = Group(RECORD, tree)
+    grpo.grade_groups(tokenizer, [group], stop_ids)
+    for i, r in enumerate(tree):
+        own = calls.own_ids(r.ids, r.given)
+        asked = [action for _, action in find_calls(tokenizer.decode(own), ("act",))][: r.calls]
+        said = [walk.play(RECORD, asked[: k + 1], None, f" {i}")[0] for k in range(len(asked))]
+        expected = [token for word in said for token in encode_result(tokenizer, word)]
+        assert [r.ids[place] for place in r.given] == expected[: len(r.given)]
+        assert len(r.given) == len(expected) or len(r.ids) == 90
+    assert sum(r.calls for r in tree) > 300 and sum(r.forged for r in tree) > 20
 
 
 def test_a_forged_result_makes_a_completion_malformed_and_moves_no_world(scripted):
