@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from data import doors, gym, moves, toy
+from data.pictures import relative
 from data.sources import load_records
 from data.verifiers import plan_leaks
 from grpo import sample
@@ -232,6 +233,8 @@ def main():
                 if reason is None:
                     names = ("id", "problem", "answer", "verifier")
                     named = {name: record[name] for name in names if name in record}
+                    if "images" in record:
+                        named["images"] = relative(record["images"], out)
                     kept.append({**named, "plan": plan, "think": record["solution"]})
                 else:
                     dropped.append({"id": record["id"], "reason": reason, "plan": plan})

@@ -26,6 +26,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -48,6 +49,7 @@ from plumbing.attention import Packed, micro_batches, pack
 from plumbing.balance import balance
 from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
+from plumbing.images import open_album, show
 from plumbing.log import SHOWN, rollout_records, step_metrics
 from plumbing.memory import dry_run_rl
 from plumbing.plans import credit_metrics, plan_metrics, sibling_weight
@@ -566,6 +568,7 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
     mine, right, stop_ids = problems[rank()::world_size()], 0, find_stop_ids(model, tokenizer)
     opened, closed = plan_marks(tokenizer)
     greedy = replace(config, plans=1, cots=1, temperature=0.0)
+    show(tokenizer, [p["prompt"] for p in mine], model)
     with unsharded(model, config.tp) as sampler:
         if mine or config.tp > 1:
             options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
@@ -584,6 +587,7 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     questions = draw(problems, range(first + rank(), end, world_size()), config.seed)
     opened, closed = plan_marks(tokenizer)
     with run.timer("rollout"), unsharded(model, config.tp) as sampler:
+        show(tokenizer, [q["prompt"] for q in questions], model)
         trees = run.unless_stopped(
             sample_tree, sampler, [q["prompt"] for q in questions], config, stop_ids=stop_ids,
             plan_opened=opened, plan_closed=closed, seed=hash((config.seed, end, rank())) % 2**62,
@@ -601,7 +605,8 @@ def main():
     if config.dry_run:
         return dry_run_rl(config)
     tokenizer = load_tokenizer(config.model)
-    problems, held_out = load_questions(config, lambda text: encode_prompt(tokenizer, text))
+    open_album(tokenizer, config)
+    problems, held_out = load_questions(config, partial(encode_prompt, tokenizer))
     run, reference = Run(config), None
     model = load_sharded(config.model, run.device, config)
     if config.kl_coef:
@@ -636,6 +641,7 @@ def main():
         # ---- Old and reference logprobs ----------------------------------------------------------
         random.Random(f"{config.seed} {step} {rank()}").shuffle(rollouts)  # so mini-batches mix
         with run.timer("update"):
+            show(tokenizer, [rollout.prompt for rollout in rollouts], model, reference)
             minis = make_mini_batches(model, reference, rollouts, config)
 
         # ---- Update ------------------------------------------------------------------------------

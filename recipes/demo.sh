@@ -18,7 +18,11 @@ case "$TASK" in
         data=(data.toy --terse 0.5) base=data/toy_base sft=(--epochs 2 --lr 2e-3 --batch_size 64)
         limits=(--max_plan_tokens 48 --max_completion_tokens 128)
         steps=${STEPS:-100} tree_steps=$((steps * 534 / 426)) ;;  # 12 (13.5 + 31), 4 (13.5 + 93)
-    *) echo "error: no task $TASK: TASK is doors or quantities" >&2; exit 1 ;;
+    pictures)  # quantities, read from a picture: recipes/demo_images.sh
+        data=(data.toy_pictures) base="$RUN/data/model" sft=(--epochs 2 --lr 2e-3 --batch_size 64)
+        limits=(--max_plan_tokens 48 --max_completion_tokens 128)
+        steps=${STEPS:-100} tree_steps=$((steps * 534 / 426)) ;;
+    *) echo "error: no task $TASK: TASK is doors, quantities or pictures" >&2; exit 1 ;;
 esac
 stage() { python -m recipes.demo_tools stage "$RUN" "$@"; }
 
