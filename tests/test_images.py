@@ -234,7 +234,7 @@ def test_pictures_that_are_not_read(tmp_path):
     assert "no picture of the kinds" in reason(tmp_path / "text.png")
     (tmp_path / "program.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     assert "no picture of the kinds" in reason(tmp_path / "program.png")  # Pillow would run it
-    frames = [Image.new("P", (8, 8), shade) for shade in (1, 2)]
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:])
     assert "animation" in reason(tmp_path / "moves.gif")
     save_picture(tmp_path / "whole.png", 64, 64, seed=0)
