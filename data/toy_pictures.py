@@ -81,6 +81,7 @@ def make_tokenizer():
     """The tokenizer of data/toy.py, with the three tokens around and in place of a picture."""
     tokenizer = toy.make_tokenizer()
     tokenizer.add_tokens(VISION, special_tokens=True)
+    del tokenizer.init_kwargs["auto_map"]  # for a Qwen2.5-VL model AutoTokenizer trusts its class
     return tokenizer
 
 
@@ -100,9 +101,10 @@ def make_model(tokenizer, base: str = "data/toy_base", seed: int = 0):
 
     text = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
+             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
     settings = {name: getattr(text.config, name) for name in sizes}
-    settings |= dict(vocab_size=len(tokenizer), bos_token_id=None, initializer_range=0.05)
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    settings |= special | dict(vocab_size=len(tokenizer), bos_token_id=None)
     # Positions by column alone: a line of cells then has the positions of a text.
     half = text.config.hidden_size // text.config.num_attention_heads // 2
     theta = text.config.rope_parameters["rope_theta"]
@@ -114,10 +116,10 @@ def make_model(tokenizer, base: str = "data/toy_base", seed: int = 0):
     start, image, end = tokenizer.convert_tokens_to_ids(VISION)
     torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(
-        text_config={**settings, "rope_parameters": rope, "tie_word_embeddings": True},
+        text_config={**settings, "rope_parameters": rope, "initializer_range": 0.05},
         vision_config=vision, image_token_id=image, vision_start_token_id=start,
         vision_end_token_id=end, video_token_id=image, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
     model, weights = Model(config).eval(), dict(text.model.named_parameters())
     with torch.no_grad():
