@@ -88,10 +88,10 @@ class Decoder:
         """Feed each active sequence's last token. Returns the logits of the next ones (B, V)."""
         last = [s.ids[-1] if s.ids else s.prompt[-1] for s in active]
         positions = [len(s.prompt) + len(s.ids) - 1 for s in active]
-        starts, rotary = [s.slot for s in active], None
+        inputs = [last, positions, [s.slot for s in active]]
         if self.shifts is not None:
-            rotary = [p + self.shifts[id(s.prompt)] for p, s in zip(positions, active)]
-        return decode_step(self.model, self.cache, last, positions, starts, rotary)
+            inputs.append([p + self.shifts[id(s.prompt)] for p, s in zip(positions, active)])
+        return decode_step(self.model, self.cache, *inputs)
 
     def keep(self, alive: list) -> list:
         """Let the sequences that go on grow. Returns those that stay active, in the order of rows.

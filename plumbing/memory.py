@@ -175,7 +175,7 @@ def largest_model(parts: dict[str, float], gib: float) -> float:
     samples. An update holds gradients instead, and besides what grows with the root of a model's
     size, about as its width does.
     """
-    room, always = 0.9 * gib * GIB, sum(parts[name] for name in ALWAYS)
+    room, always = 0.9 * gib * GIB, sum(parts.get(name, 0) for name in ALWAYS)
     rollout, update = always + parts["gathered for rollout"], always + parts["gradients"]
     beside = parts["update"] - update
     # The root x of the ratio to this model's size solves update x^2 + beside x = room.
