@@ -114,7 +114,7 @@ def ask_local(records: list[dict], config: Config) -> Answers:
     tokenizer, device = load_tokenizer(config.teacher), init_distributed()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(config.teacher, device, dtype)
-    context = getattr(model.config, "max_position_embeddings", 1 << 30)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
     stop_ids, size = find_stop_ids(model, tokenizer), config.concurrency
     template = dict(add_generation_prompt=True, return_dict=False)
     for start in range(0, len(records), size * world_size()):

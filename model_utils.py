@@ -187,7 +187,7 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
         model = shard_model(model, device, **options)
         fill_model(model, path, device, torch.device("cpu") if config.cpu_offload else device)
     check_family(model.requires_grad_(not frozen), _logits)
-    freeze_tower(model)
+    freeze_tower(model, device)  # on it, whatever --cpu_offload says
     return model
 
 

@@ -53,18 +53,18 @@ def open_picture(source):
     width, height = picture.size
     if width * height > LARGEST:
         raise Unusable(f"it has {width} x {height} pixels, and at most {LARGEST:,} are read")
-    if getattr(picture, "n_frames", 1) > 1:
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's JPEG of two
         raise Unusable("it is an animation, and only still pictures are read")
     return picture
 
 
 def decode_picture(source):
-    """A picture in RGB, what is transparent in white. Raises Unusable as open_picture does."""
-    from PIL import Image
+    """A picture in RGB, upright, what is transparent in white. Raises Unusable as open_picture."""
+    from PIL import Image, ImageOps
 
     with open_picture(source) as picture:
         try:
-            picture.load()
+            picture = ImageOps.exif_transpose(picture)  # a camera may store it lying
             if not picture.has_transparency_data:
                 return picture.convert("RGB")
             picture = picture.convert("RGBA")  # RGB alone would show what is hidden, often black
@@ -120,7 +120,7 @@ class Album:
         self.places, self.table = torch.empty(0, dtype=torch.long), []
 
     def number(self, path: str) -> range:
-        """The ids that stand for a picture. Only its size is looked at. Raises Unusable."""
+        """The ids that stand for a picture: as many as its size asks for. Raises Unusable."""
         if path not in self.numbers:
             self.sides.append(self.grid(*picture_size(path)))
             self.numbers[path] = len(self.sides) - 1
@@ -224,10 +224,7 @@ class Album:
         side = self.processor.merge_size
         same = grids.tolist() == [[1, *(side * n for n in self.sides[number])]]
         require(same, f"the picture {path} has another size than when the run began: restore it")
-        bf16 = getattr(model, "compute_dtype", None) == torch.bfloat16
-        tower_of(model).to(device)  # with --cpu_offload it was loaded elsewhere
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            out = model.get_image_features(pixels, grids, return_dict=True)
+        out = model.get_image_features(pixels, grids, return_dict=True)  # in the tower's own dtype
         layers = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
         return [layer[0].cpu() for layer in layers]
 
@@ -355,10 +352,15 @@ def without_tower(model):
     return model
 
 
-def freeze_tower(model) -> set | None:
-    """The parameters of the tower, which are not trained from here on."""
+def freeze_tower(model, device=None) -> set | None:
+    """The parameters of the tower, which are not trained from here on, on `device` if it is given.
+
+    None without a tower.
+    """
     tower = tower_of(model)
-    return None if tower is None else set(tower.requires_grad_(False).parameters())
+    if tower is None:
+        return None
+    return set((tower if device is None else tower.to(device)).requires_grad_(False).parameters())
 
 
 def tokens_at_most(config, max_pixels: int) -> int:

@@ -26,7 +26,7 @@ row_vision() {
     method_settings "$1"
     local out start=$RUNS/${NAME}_sft/model data=$RUNS/data/${DATA%%=*}.jsonl
     # Steps and lengths are our choice: the paper gives none for this model.
-    local flags=(--steps 350 --max_completion_tokens 2560 "${PIXELS[@]}" "${METHOD[@]}" "${@:2}")
+    local flags=(--steps 350 --limit 0 --max_completion_tokens 2560 "${PIXELS[@]}" "${METHOD[@]}" "${@:2}")
     out=$(out_of "$RUNS/${NAME}_$1" "${@:2}")
     if dry "${@:2}"; then
         launch_dry grpo.py --model "recipes/shapes/$NAME" --data "$data" --out "$out" "${flags[@]}"

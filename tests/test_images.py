@@ -131,6 +131,9 @@ def test_positions_are_those_of_transformers(case):
         assert torch.equal(album.positions(torch.tensor([prompt])), expected)
         assert album.shift(prompt) == int(delta) < 0
     assert album.shift(case.prompts[3]) == 0
+    empty = make_tokenizer(case.model).album  # a run without pictures
+    assert empty.positions(torch.tensor([[9, 8, 7]])).tolist() == [[[0, 1, 2]]] * 3
+    assert empty.shift([9, 8, 7]) == 0
 
 
 @torch.no_grad()
@@ -250,6 +253,14 @@ def test_a_huge_picture_is_refused_by_its_header(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
     with pytest.raises(Unusable, match="at most 50,000,000 are read"):
         open_picture(tmp_path / "bomb.png")
+
+
+def test_pictures_are_upright(tmp_path):
+    """A camera stores a turn of its own beside the pixels: 6 is a quarter, clockwise."""
+    picture, exif = Image.new("RGB", (24, 8)), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert picture_size(str(tmp_path / "turned.jpg")) == (8, 24)
 
 
 def test_transparent_is_white(tmp_path):

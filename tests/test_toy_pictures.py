@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 
 import pytest
@@ -136,3 +137,23 @@ def test_the_text_form_has_the_same_problems(run):
     assert [r["answer"] for r in records] == [t["answer"] for t in texts]
     assert records[0]["problem"] == "<image> " + texts[0]["problem"].rpartition(" ; ")[2]
     assert not any("solution" in record for record in records)
+
+
+def test_on_a_pretended_gpu(run, tmp_path):
+    """bf16, FSDP2 with weights in CPU memory, CUDA graphs and split-KV (pretend_gpu.py)."""
+    from test_gpu import on_gpu
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    shutil.copytree(run / "data/model", tmp_path / "model")
+    config = AutoConfig.from_pretrained(tmp_path / "model")
+    config.text_config.num_key_value_heads = 4  # of 8: grouped
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    flags = f"--model {tmp_path}/model --data {run}/data/train.jsonl --out {tmp_path}/x {LIMITS}"
+    flags += " --eval_size 0 --questions 2 --plans 2 --cots 2 --steps 2 --lr 1e-3 --cpu_offload"
+    used = on_gpu("grpo.py", *flags.split())
+    assert used["split_kv"] >= 3 * used["replays"] > 100
+    steps = lines(tmp_path / "x/metrics.jsonl")
+    assert all(0 < step["sampler_gap"] < 0.02 for step in steps)  # nats per token, from bf16
+    kept = [AutoModelForImageTextToText.from_pretrained(p).model.visual.state_dict()
+            for p in (tmp_path / "model", tmp_path / "x/model")]
+    assert all(torch.equal(old.bfloat16(), kept[1][n].bfloat16()) for n, old in kept[0].items())
