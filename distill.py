@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 
 from data import code, doors, gym, moves, toy
+from data.pictures import relative
 from data.sources import load_records
 from data.verifiers import plan_leaks, verifier_of
 from grpo import sample
@@ -117,7 +118,7 @@ def ask_local(records: list[dict], config: Config) -> Answers:
     tokenizer, device = load_tokenizer(config.teacher), init_distributed()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = load_model(config.teacher, device, dtype)
-    context = getattr(model.config, "max_position_embeddings", 1 << 30)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 30)
     stop_ids, size = find_stop_ids(model, tokenizer), config.concurrency
     template = dict(add_generation_prompt=True, return_dict=False)
     for start in range(0, len(records), size * world_size()):
@@ -264,6 +265,8 @@ def main():
                 if reason is None:
                     names = ("id", "problem", "answer", "verifier", "world")
                     named = {name: record[name] for name in names if name in record}
+                    if "images" in record:
+                        named["images"] = relative(record["images"], out)
                     think = record.get("_think", record["solution"])
                     kept.append({**named, "plan": plan, "think": think})
                 else:

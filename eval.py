@@ -33,7 +33,7 @@ from data.worlds import replies
 from grpo import sample, sample_tree
 from model_utils import (
     completion_texts,
-    encode_prompt,
+    encode_question,
     find_stop_ids,
     load_model,
     load_tokenizer,
@@ -43,6 +43,7 @@ from plumbing import folder
 from plumbing.calls import check_tools, own_ids
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
+from plumbing.images import open_album, show
 from plumbing.intervals import accuracy_interval, paired_difference
 from plumbing.log import said_spans
 from plumbing.plans import analyse, analysis_text
@@ -80,6 +81,7 @@ class Config:
     plan: str = ""  # empty: the model's own; none; shuffled; a JSONL file of plans or eval records
     plan_from: str = ""  # with --plan shuffled: the JSONL file that the plans are taken from
     thinking: bool = True  # Qwen3: false renders its non-thinking prompt
+    max_pixels: int = 401408  # larger pictures are made smaller; 0: the model's own limit
     compare: tuple = ()  # two records.jsonl of earlier evaluations: print second - first, and end
     rollout_rows: int = 0  # sequences decoded at once per rank; 0: as many as fit in memory
     limit: int = 0  # use a random subset of each benchmark of this size; 0: all
@@ -169,6 +171,7 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     samples = []
     if mine:  # the last problems may be fewer than the ranks
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
+        show(tokenizer, [p["prompt"] for p in mine], model)
         respond = replies(tokenizer, mine, config, stop_ids, lambda i: f"{config.seed} {i % n}")
         ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank(), respond)
         given = [respond.places(i) if respond else [] for i in range(len(ids))]
@@ -177,8 +180,8 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
         label_votes([samples[i:i + n] for i in range(0, len(samples), n)], same)
         if config.analysis:  # plan-major: sample i has plan i // cots
             samples = [{**s, "plan_tokens": size} for s, size in zip(samples, plan_tokens)]
-    names = ("benchmark", "id", "problem", "answer")
-    heads = [{name: problem[name] for name in names} for problem in mine]
+    names = ("benchmark", "id", "problem", "answer", "images")
+    heads = [{name: problem[name] for name in names if name in problem} for problem in mine]
     records = [{**head, "samples": samples[i * n:i * n + n]} for i, head in enumerate(heads)]
     shares = gather0([records])  # on rank 0, one list per rank: problem i is on rank i % ranks
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(problems)) if shares]
@@ -314,7 +317,7 @@ def load_plans(path: str) -> dict[str, str]:
 def load_problems(config: Config, tokenizer) -> list[dict]:
     """Problems with token ids `prompt` and `given`, the start of each completion. Collective."""
     problems = []
-    encode = lambda text, *world: encode_prompt(tokenizer, text, (*config.tools, *world))
+    encode = lambda problem: encode_question(tokenizer, problem, config.tools)
     file = config.plan_from or config.plan
     plans = load_plans(file) if file not in ("", "none") else {}
     for name in config.data:
@@ -368,6 +371,7 @@ def main():
     if config.compare:
         return compare_files(config.compare, config.seed)
     tokenizer = load_tokenizer(config.model, config.thinking)
+    open_album(tokenizer, config)
     problems = load_problems(config, tokenizer)
     folder.check_evaluation(config)
     device, out = init_distributed(), Path(config.out)

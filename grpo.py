@@ -35,7 +35,7 @@ from data.verifiers import plan_leaks, plan_revision, reading, tally, verify
 from data.worlds import replies
 from model_utils import (
     completion_texts,
-    encode_prompt,
+    encode_question,
     find_stop_ids,
     load_sharded,
     load_tokenizer,
@@ -50,6 +50,7 @@ from plumbing.balance import balance
 from plumbing.calls import check_tools, own_ids
 from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
+from plumbing.images import open_album, show
 from plumbing.log import SHOWN, rollout_records, step_metrics
 from plumbing.memory import dry_run_rl
 from plumbing.plans import credit_metrics, plan_metrics, sibling_weight
@@ -594,6 +595,7 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
     mine, right, stop_ids = problems[rank()::world_size()], 0, find_stop_ids(model, tokenizer)
     opened, closed = plan_marks(tokenizer)
     greedy = replace(config, plans=1, cots=1, temperature=0.0)
+    show(tokenizer, [p["prompt"] for p in mine], model)
     with unsharded(model, config.tp) as sampler:
         if mine or config.tp > 1:
             options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
@@ -614,6 +616,7 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     opened, closed = plan_marks(tokenizer)
     salt, tools = f"{config.seed} {end} {rank()}", config.tools
     with run.timer("rollout"), unsharded(model, config.tp) as sampler:
+        show(tokenizer, [q["prompt"] for q in questions], model)
         trees = run.unless_stopped(
             sample_tree, sampler, [q["prompt"] for q in questions], config, stop_ids=stop_ids,
             plan_opened=opened, plan_closed=closed, seed=hash((config.seed, end, rank())) % 2**62,
@@ -632,7 +635,8 @@ def main():
     if config.dry_run:
         return dry_run_rl(config)
     tokenizer = load_tokenizer(config.model)
-    encode = lambda text, *world: encode_prompt(tokenizer, text, (*config.tools, *world))
+    open_album(tokenizer, config)
+    encode = lambda problem: encode_question(tokenizer, problem, config.tools)
     problems, held_out = load_questions(config, encode)
     run, reference = Run(config), None
     model = load_sharded(config.model, run.device, config)
@@ -668,6 +672,7 @@ def main():
         # ---- Old and reference logprobs ----------------------------------------------------------
         random.Random(f"{config.seed} {step} {rank()}").shuffle(rollouts)  # so mini-batches mix
         with run.timer("update"):
+            show(tokenizer, [rollout.prompt for rollout in rollouts], model, reference)
             minis = make_mini_batches(model, reference, rollouts, config)
 
         # ---- Update ------------------------------------------------------------------------------

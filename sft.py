@@ -20,7 +20,7 @@ import torch
 from data.sources import draw, load_records
 from data.verifiers import boxed
 from model_utils import (
-    encode_prompt,
+    encode_question,
     load_sharded,
     load_tokenizer,
     lr_at,
@@ -30,6 +30,7 @@ from model_utils import (
 from plumbing.attention import micro_batches, pack
 from plumbing.calls import check_tools, encode_with_results, tools_of
 from plumbing.flags import TrainingFlags, parse_config
+from plumbing.images import open_album, show
 from plumbing.memory import dry_run_sft
 from plumbing.ranks import all_sum, fail, print0, rank, require, world_size
 from plumbing.run import Run
@@ -71,13 +72,13 @@ def encode_record(tokenizer, record: dict, use_plan: bool, tools: tuple = ()) ->
     supervised. Raises SystemExit, naming the record, if its text could not be read back from the
     template.
     """
-    tools, plan = tools_of(record, tools), record["plan"] if use_plan else None
-    prompt = encode_prompt(tokenizer, record["problem"], tools)
+    plan = record["plan"] if use_plan else None
     try:
+        prompt = encode_question(tokenizer, record, tools)
         completion = build_completion(plan, record["think"], record["answer"], boxed(record))
     except ValueError as error:
         fail(f"record {record['id']}: {error}; mend or remove it")
-    if tools:
+    if tools_of(record, tools):
         ids, said = encode_with_results(tokenizer, completion)
         said = [len(prompt) + place for place in said]
         return prompt + ids + [tokenizer.eos_token_id], len(prompt), said
@@ -95,7 +96,8 @@ def load_rows(config: Config, tokenizer) -> list[tuple]:
     fields = ("problem", "answer", "think") + ("plan",) * config.use_plan
     records = load_records(config.data, fields, config.limit, config.seed)
     rows = [encode_record(tokenizer, r, config.use_plan, config.tools) for r in records]
-    context = getattr(load_config(config.model), "max_position_embeddings", None)
+    model_config = load_config(config.model).get_text_config()
+    context = getattr(model_config, "max_position_embeddings", None)
     longest = min(config.max_tokens, context or config.max_tokens)
     kept = [row for row in rows if len(row[0]) <= longest]
     require(kept, f"every record of {config.data} has more than {longest} tokens: raise "
@@ -135,6 +137,7 @@ def main():
     if config.dry_run:
         return dry_run_sft(config)
     tokenizer = load_tokenizer(config.model, config.thinking)
+    open_album(tokenizer, config)
     rows = load_rows(config, tokenizer)
     held_out = min(config.val_size, len(rows) // 10)
     validation, train = rows[:held_out], rows[held_out:]
@@ -145,6 +148,7 @@ def main():
     model = load_sharded(config.model, run.device, config)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     run.begin(model, tokenizer, optimizer, steps)
+    look = lambda part: show(tokenizer, [ids for ids, _ in part[rank()::world_size()]], model)
 
     while run.state["step"] < steps:
         step = run.start_step()
@@ -152,6 +156,7 @@ def main():
         first = epoch * len(train) + position * config.batch_size
         batch = draw(train, range(first, first + config.batch_size), config.seed)
         lr = lr_at(step - 1, steps, config.lr, run.warmup_steps, config.schedule)
+        look(batch)
         loss = sft_loss(model, batch, config, train=True)
         grad_norm = optimizer_step(model, optimizer, lr, config.max_grad_norm)
         metrics = {"epoch": step / per_epoch, "loss": loss, "grad_norm": grad_norm, "lr": lr}
@@ -159,6 +164,7 @@ def main():
         shown = ("loss", "val_loss", "grad_norm", "tokens_per_s")
         due = step == steps or run.is_due(config.eval_every)
         if due and validation:
+            look(validation)
             metrics["val_loss"] = sft_loss(model, validation, config, train=False)
         run.log(metrics, shown if due else ())
         run.end_step()

@@ -145,7 +145,7 @@ def use_attention(model):
 
     AttentionInterface.register("packed", attention)
     AttentionMaskInterface.register("packed", padding_mask)
-    model.set_attn_implementation("packed")
+    model.get_decoder().set_attn_implementation("packed")  # a vision tower keeps its own
     return model
 
 

@@ -216,7 +216,8 @@ def rollout_record(group, rewards: dict, index: int, tokenizer=None) -> dict:
             completions.append(completion)
         score = float(rewards["correct"][index, i].float().mean())
         records.append({"score": score, "completions": completions})
-    question = {name: group.question[name] for name in ("id", "problem", "answer")}
+    names = ("id", "problem", "answer", "images")
+    question = {name: group.question[name] for name in names if name in group.question}
     return {**question, "plans": records}
 
 

@@ -188,7 +188,7 @@ def load_config(path: str):
         refuse_code(path, error)
         fail(why_no_config(path, error))
     require(
-        type(config) in AutoModelForCausalLM._model_mapping,
+        sees(config) or type(config) in AutoModelForCausalLM._model_mapping,
         f"{path} is of model_type {config.model_type!r}, for which transformers has no causal "
         "language model; choose another model",
     )
@@ -210,6 +210,18 @@ def load_config(path: str):
         "choose another model",
     )
     return config
+
+
+def sees(config) -> bool:
+    """Whether a model takes pictures, in the way that plumbing/images.py knows."""
+    return config.model_type in ("qwen2_5_vl", "qwen3_vl")
+
+
+def model_class(config):
+    """The class of transformers that makes a model of this config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def why_no_config(path: str, error: Exception) -> str:
@@ -240,7 +252,7 @@ def why_no_config(path: str, error: Exception) -> str:
 def check_context(model_config, prompt_tokens: int, completion_tokens: int):
     """Refuse lengths that the model has no positions for, before any weights are loaded."""
     needed = prompt_tokens + completion_tokens
-    context = getattr(model_config, "max_position_embeddings", None) or needed
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or needed
     require(
         needed <= context,
         f"a prompt of {prompt_tokens} tokens and --max_completion_tokens {completion_tokens} do "
@@ -318,12 +330,13 @@ def read_model(path: str, dtype):
     random, and differently in policy and reference. Tied weights and what no file holds (rotary
     frequencies) are not missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_folder(path)
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # which a hub service would do
+    kind = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
     with without_pickles():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = kind.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -351,11 +364,12 @@ def say_if_slow(model, device: torch.device):
 
 def empty_model(path: str, dtype: torch.dtype):
     """The model with parameters without storage, but real buffers (no file holds those)."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     options = dict(dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    config = load_config(path)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(load_config(path), **options).eval()
+        model = model_class(config).from_config(config, **options).eval()
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model

@@ -22,7 +22,11 @@ case "$TASK" in
         data=(data.walk --train 8000) base="$RUN/data/model" sft=(--epochs 1 --lr 3e-3 --batch_size 32)
         limits=(--max_plan_tokens 30 --max_completion_tokens 72)
         steps=${STEPS:-30} tree_steps=$((steps * 592 / 440)) ;;  # 12 (19 + 30.3), 4 (19 + 3 x 30.3)
-    *) echo "error: no task $TASK: TASK is doors, quantities or walk" >&2; exit 1 ;;
+    pictures)  # quantities, read from a picture: recipes/demo_images.sh
+        data=(data.toy_pictures) base="$RUN/data/model" sft=(--epochs 2 --lr 2e-3 --batch_size 64)
+        limits=(--max_plan_tokens 48 --max_completion_tokens 128)
+        steps=${STEPS:-100} tree_steps=$((steps * 534 / 426)) ;;
+    *) echo "error: no task $TASK: doors, quantities, walk or pictures" >&2; exit 1 ;;
 esac
 stage() { python -m recipes.demo_tools stage "$RUN" "$@"; }
 

@@ -564,7 +564,7 @@ def test_eval_answers_calls_and_judges_the_same_worlds(given, scripted, monkeypa
     start = f"{PLAN} <think>" if given else ""
     model = scripted(tokenizer, lambda text: walker(f"{start} {text}"))
     opening = tokenizer.encode(start, add_special_tokens=False) if given else []
-    prompt = encode_prompt(tokenizer, PROBLEM, ("act",))
+    prompt = encode_prompt(tokenizer, PROBLEM, tools=("act",))
     problems = [{**RECORD, "benchmark": "b", "prompt": prompt, "given": opening}] * 2
     limits = dict(max_plan_tokens=30, max_completion_tokens=70)
     config = evaluation.Config(n=4, plan="x" * given, temperature=1.0, top_p=1.0, seed=7, **limits)
@@ -602,7 +602,7 @@ def test_flags_that_cannot_work_are_refused_in_one_sentence(flags, message, monk
 def test_the_prompt_explains_calls_only_where_there_are_any():
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    text = lambda *tools: tokenizer.decode(encode_prompt(tokenizer, "1 + 1", tools))
+    text = lambda *tools: tokenizer.decode(encode_prompt(tokenizer, "1 + 1", tools=tools))
     assert text() == f"{INSTRUCTION}1 + 1"
     assert text("calculator").startswith(f"{INSTRUCTION} Between <think> and </think> you may")
     assert "<calculator>" in text("calculator") and "<python>" not in text("calculator")

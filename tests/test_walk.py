@@ -1,6 +1,5 @@
 """The embedded world: doors that are tried one at a time. And worlds of the user's own."""
 
-import json
 import random
 import re
 
@@ -11,6 +10,7 @@ from data import doors, toy, walk, worlds
 from data.sources import load_gradable
 from data.verifiers import plan_revision, refusals, verify
 from distill import plan_of, rejection
+from model_utils import encode_prompt, encode_question
 from rewards import build_completion, parse_completion
 
 PROBLEM = "A3 B9 C5 ; D7 E2 F4 ; G1 H6 I8 ; ?"
@@ -107,10 +107,10 @@ def test_the_readmes_world_of_ones_own_works(tmp_path):
     assert len(code.strip().splitlines()) <= 20
     (tmp_path / "guess.py").write_text(code)
     (tmp_path / "guess.jsonl").write_text(line)
-    asked = []
-    encode = lambda text, *tools: asked.append((text, tools)) or [1]
-    (record,) = load_gradable(str(tmp_path / "guess.jsonl"), encode, 9, 0, 0)
-    assert asked == [(json.loads(line)["problem"], ("act",))]
+    (record,) = load_gradable(str(tmp_path / "guess.jsonl"), lambda problem: [1], 9, 0, 0)
+    tokenizer = toy.make_tokenizer(walk.WORDS)
+    prompt = encode_question(tokenizer, record)
+    assert prompt == encode_prompt(tokenizer, record["problem"], tools=("act",))
     low, high, guesses = 1, 100, []
     while low < high:  # by bisection
         guesses.append(str((low + high) // 2))
