@@ -28,7 +28,7 @@ from plumbing.ranks import fail, require
 class Episode(str):
     """The final answer of a completion that acted, with its `actions`."""
 
-    actions: list[str]
+    actions: list[str] = []
 
 
 def episode(record: dict, text: str, answer: str | None) -> str | None:
@@ -66,7 +66,7 @@ def say(record: dict, actions: list[str], salt: str) -> str:
 
 def judge(record: dict, answer: str | None, salt: str) -> bool:
     """Whether an Episode has succeeded in the world of its salt."""
-    return answer is not None and play(record, answer.actions, answer, salt)[1]
+    return answer is not None and play(record, getattr(answer, "actions", []), answer, salt)[1]
 
 
 def check(record: dict) -> str | None:
