@@ -73,8 +73,8 @@ def on_model(spoil, stage):
 
 def watch(event: str, given: tuple, folder: Path):
     """Note the opening of what no stage may open."""
-    if event == "open" and isinstance(given[0], str) and given[0].endswith(UNSAFE):
-        if given[0].startswith(str(folder)):
+    if event == "open" and str(given[0]).endswith(UNSAFE) and "w" not in (given[1] or "r"):
+        if str(given[0]).startswith(str(folder)):
             (folder.parent / MARK).touch()
 
 

@@ -169,9 +169,9 @@ def header(size: int, content: bytes = b"{}") -> Callable:
     return spoil
 
 
-EVERYTHING = pickles, own_code, adapter, template(
-    "{{ ''.__class__.__mro__ }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-)
+EVERYTHING = pickles, own_code, adapter, odd_tensor, template(
+    "{{ '{0.__class__}'.format(messages) }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)  # fmt: skip
 SUBCLASSES = (
     "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{{ c('CMD', shell=True) }}{% endfor %}"
 )

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from plumbing.ranks import barrier, fail, print0, rank, require
 
 SLOW_BILLIONS = 1.0  # parameters from which on a CPU is no place for a model
+NO_PICKLES = "pickles, such as pytorch_model.bin, are never loaded"
 INDEX = "model.safetensors.index.json"
 MOST_LAYERS = 2000
 SIZES = "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size"
@@ -84,9 +85,6 @@ def of_usable_weights(load):
     return run
 
 
-NO_PICKLES = "pickles, such as pytorch_model.bin, are never loaded"
-
-
 @contextlib.contextmanager
 def without_pickles():
     """Inside, torch.load refuses: a model's list of files may name pickles among the others."""
@@ -141,6 +139,11 @@ def check_settings(path: str, settings: dict):
     if sizes.get(SIZES[0], 1) > MOST_LAYERS:  # transformers would list them all
         odd.append(f"{SIZES[0]} {sizes[SIZES[0]]}")
     require(not odd, f"{path} cannot have {', '.join(odd):.80}: copy its own config.json there")
+    file = settings.get("transformers_weights") or ".safetensors"
+    require(
+        str(file).endswith((".safetensors", ".safetensors.index.json")),
+        f"{path} names {file!r:.80} for its weights, which is no safetensors file: {NO_PICKLES}",
+    )
     kernels = [f"{value}" for name, value in settings.items() if "implementation" in name]
     require(
         not any("/" in kernel for kernel in kernels),
