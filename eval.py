@@ -350,7 +350,7 @@ def weights_of(path: str) -> str:
     """The commit of a hub model, or a digest of the weights and settings in a folder."""
     if not Path(path).is_dir():
         return load_config(path)._commit_hash or ""
-    kinds = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
     files = [file for file in sorted(Path(path).iterdir()) if file.suffix in kinds]
     digests = [[f.name, *digest(f)] for f in files if not f.name.startswith("optimizer")]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
