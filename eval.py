@@ -16,7 +16,6 @@ An interval includes the choice of problems: with 30 problems it stays wide, how
 
 import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
 
-import functools
 import hashlib
 import json
 import math
@@ -29,27 +28,32 @@ import numpy as np
 import torch
 
 from data.sources import load_gradable
-from data.verifiers import boxed, restated, same_answers, tally, verify
+from data.verifiers import plan_revision, reading, restated, same_answers, tally, verify
+from data.worlds import replies
 from grpo import sample, sample_tree
 from model_utils import (
     completion_texts,
-    encode_prompt,
+    encode_question,
     find_stop_ids,
     load_model,
     load_tokenizer,
     plan_marks,
 )
 from plumbing import folder
+from plumbing.calls import check_tools, own_ids
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
+from plumbing.images import open_album, show
 from plumbing.intervals import accuracy_interval, paired_difference
+from plumbing.log import said_spans
 from plumbing.plans import analyse, analysis_text
 from plumbing.ranks import gather0, init_distributed, print0, progress, rank, require, world_size
 from plumbing.records import Records, load_jsonl
+from plumbing.revision import revision_figures, revision_text
 from plumbing.signals import guarded
 from plumbing.votes import label_votes, maj_at_n
 from plumbing.weights import check_context, load_config
-from rewards import TAG, extract_answer, parse_completion
+from rewards import TAG, parse_completion
 
 # How results are printed. The z in a format makes -0.0002 read 0.000, not -0.000.
 SUMMARY = """{model} on {name}: {n_problems} problems x {n_samples}
@@ -73,9 +77,11 @@ class Config:
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted (>= 1)
     max_plan_tokens: int = 512  # a longer plan of the model's own gets no CoT; 0: no limit
     max_completion_tokens: int = 3584  # plan and CoT together (>= 1)
+    tools: tuple = ()  # calls that are answered in the think block: calculator, python
     plan: str = ""  # empty: the model's own; none; shuffled; a JSONL file of plans or eval records
     plan_from: str = ""  # with --plan shuffled: the JSONL file that the plans are taken from
     thinking: bool = True  # Qwen3: false renders its non-thinking prompt
+    max_pixels: int = 401408  # larger pictures are made smaller; 0: the model's own limit
     compare: tuple = ()  # two records.jsonl of earlier evaluations: print second - first, and end
     rollout_rows: int = 0  # sequences decoded at once per rank; 0: as many as fit in memory
     limit: int = 0  # use a random subset of each benchmark of this size; 0: all
@@ -87,6 +93,7 @@ class Config:
         """Refuse what cannot work. The default plan limit is cut to half the completion limit."""
         if self.max_plan_tokens == Config.max_plan_tokens:
             self.max_plan_tokens = min(self.max_plan_tokens, self.max_completion_tokens // 2)
+        check_tools(self.tools)
         files, shuffled = {Path(name).resolve() for name in self.data}, self.plan == "shuffled"
         require(len(files) == len(self.data), "--data names a benchmark twice: leave one out")
         require(not shuffled or self.plan_from, "--plan shuffled needs --plan_from FILE with plans")
@@ -110,13 +117,16 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 # Sampling and grading
 
-def complete(model, tokenizer, problems: list[dict], config: Config, seed: int) -> tuple:
+def complete(
+    model, tokenizer, problems: list[dict], config: Config, seed: int, respond=None
+) -> tuple:
     """Token ids of n completions of each problem, problem-major, and the lengths of their plans.
 
     A given plan is part of its completion, and its length counts as 0, like that of a plan that
     never closed. The model's own plans are cut at --max_plan_tokens, as in training.
     """
     options = dict(stop_ids=find_stop_ids(model, tokenizer), top_p=config.top_p, seed=seed)
+    options["respond"] = respond
     if not config.plan:
         opened, closed = plan_marks(tokenizer)
         options |= dict(plan_opened=opened, plan_closed=closed)
@@ -131,31 +141,47 @@ def complete(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     return [plan + new for plan, new in zip(given, sampled)], [0] * len(given)
 
 
+def grade(tokenizer, each: list, ids: list, given: list, stop_ids: list, config: Config) -> list:
+    """The samples of eval records. `each`: their problems; `given`: places of replies in `ids`."""
+    texts, own = completion_texts(tokenizer, ids, stop_ids), list(map(own_ids, ids, given))
+    judged = completion_texts(tokenizer, own, stop_ids) if any(given) else texts
+    read = [reading(p, text, config.tools) for p, text in zip(each, judged)]
+    # Sample i of a problem meets the same world in every evaluation with this --seed.
+    salts = [f"{config.seed} {i % config.n}" for i in range(len(each))]
+    verdicts = verify(each, [answer for _, answer, _ in read], salts)
+    samples = []
+    for i, ((blocks, answer, forged), right) in enumerate(zip(read, verdicts)):
+        sample = {
+            "completion": texts[i], "answer": answer, "correct": right, "tokens": len(own[i]),
+            "well_formed": blocks is not None,
+            "truncated": ids[i][-1] not in stop_ids,
+            "restated": right and restated(each[i], answer),
+        }
+        if given[i] or forged:
+            said = said_spans(tokenizer, ids[i], given[i], texts[i])
+            sample |= {"said": said, "forged": forged}
+        revision = plan_revision(each[i], blocks, answer, salts[i])
+        samples.append(sample if revision is None else {**sample, "revision": revision})
+    return samples
+
+
 def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) -> list[dict]:
     """Eval records on rank 0: n graded samples of each problem, in order. A collective."""
     mine, n, stop_ids = problems[rank()::world_size()], config.n, find_stop_ids(model, tokenizer)
     samples = []
     if mine:  # the last problems may be fewer than the ranks
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
-        ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank())
-        texts = completion_texts(tokenizer, ids, stop_ids)
-        answers = [extract_answer(text, boxed(p)) for p, text in zip(each, texts)]
-        # Sample i of a problem meets the same world in every evaluation with this --seed.
-        salts = [f"{config.seed} {i % n}" for i in range(len(each))]
-        verdicts = verify(each, answers, salts)
-        samples = [
-            {"completion": text, "answer": answer, "correct": right, "tokens": len(tokens),
-             "well_formed": parse_completion(text) is not None,
-             "truncated": tokens[-1] not in stop_ids,
-             "restated": right and restated(p, answer)}
-            for p, text, answer, right, tokens in zip(each, texts, answers, verdicts, ids)
-        ]
+        show(tokenizer, [p["prompt"] for p in mine], model)
+        respond = replies(tokenizer, mine, config, stop_ids, lambda i: f"{config.seed} {i % n}")
+        ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank(), respond)
+        given = [respond.places(i) if respond else [] for i in range(len(ids))]
+        samples = grade(tokenizer, each, ids, given, stop_ids, config)
         same = lambda places, *pairs: same_answers([mine[i] for i in places], *pairs)
         label_votes([samples[i:i + n] for i in range(0, len(samples), n)], same)
         if config.analysis:  # plan-major: sample i has plan i // cots
             samples = [{**s, "plan_tokens": size} for s, size in zip(samples, plan_tokens)]
-    names = ("benchmark", "id", "problem", "answer")
-    heads = [{name: problem[name] for name in names} for problem in mine]
+    names = ("benchmark", "id", "problem", "answer", "images")
+    heads = [{name: problem[name] for name in names if name in problem} for problem in mine]
     records = [{**head, "samples": samples[i * n:i * n + n]} for i, head in enumerate(heads)]
     shares = gather0([records])  # on rank 0, one list per rank: problem i is on rank i % ranks
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(problems)) if shares]
@@ -185,6 +211,7 @@ def figures(groups: list[list[dict]]) -> dict:
     chances = {k: [np.mean([pass_at_k(n, c, k) for c in part]) for part in right] for k in powers}
     low, high = accuracy_interval([np.array(part) / n for part in right], n)
     return {
+        **revision_figures([s for part in samples for s in part]),
         "n_problems": sum(map(len, groups)), "n_samples": n, "ci_low": low, "ci_high": high,
         "accuracy": mean([[c / n for c in part] for part in right]),
         "maj_at_n": mean([[maj_at_n(r["samples"]) for r in group] for group in groups]),
@@ -217,6 +244,8 @@ def print_summary(config: Config, summary: dict):
     for name, part in {**summary.get("benchmarks", {}), whole: summary}.items():
         rates = "  ".join(f"pass@{k} {rate:.3f}" for k, rate in part["pass_at_k"].items())
         print0(SUMMARY.format(model=config.model, name=name, rates=rates, **part))
+        if "revisions" in part:
+            print0(revision_text(part))
     for name, part in summary.get("plans", {}).items():
         print0(analysis_text(name, part))
 
@@ -266,7 +295,7 @@ def compare_files(paths: tuple[str, ...], seed: int):
     for k in sorted(k for k in shared if old[k] != new[k]):
         warnings.append(f"--{k} is {old[k]!r} in the first run and {new[k]!r} in the second")
     for warning in warnings:
-        print0(f"warning: {warning}")
+        print0(f"warning: {warning}".replace("\n", "\\n"))  # ids and settings come from files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,7 +316,8 @@ def load_plans(path: str) -> dict[str, str]:
 
 def load_problems(config: Config, tokenizer) -> list[dict]:
     """Problems with token ids `prompt` and `given`, the start of each completion. Collective."""
-    problems, encode = [], functools.partial(encode_prompt, tokenizer)
+    problems = []
+    encode = lambda problem: encode_question(tokenizer, problem, config.tools)
     file = config.plan_from or config.plan
     plans = load_plans(file) if file not in ("", "none") else {}
     for name in config.data:
@@ -341,6 +371,7 @@ def main():
     if config.compare:
         return compare_files(config.compare, config.seed)
     tokenizer = load_tokenizer(config.model, config.thinking)
+    open_album(tokenizer, config)
     problems = load_problems(config, tokenizer)
     folder.check_evaluation(config)
     device, out = init_distributed(), Path(config.out)

@@ -17,12 +17,16 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.attention import Packed, use_attention
+from plumbing.calls import protocol, tools_of
 from plumbing.family import check_family
+from plumbing.images import freeze_tower, mark_pictures, packed_inputs, without_tower
 from plumbing.kernels import fuse_norms
 from plumbing.memory import CHUNK_LOGITS
 from plumbing.ranks import device_mesh, fail, print0, rank, require
 from plumbing.thin import thinner
 from plumbing.weights import (
+    check_folder,
+    check_template,
     empty_model,
     fill_model,
     in_short,
@@ -60,6 +64,7 @@ def load_tokenizer(path: str, thinking: bool = True):
     """
     from transformers import AutoTokenizer
 
+    check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception at a damaged file
@@ -85,15 +90,22 @@ def load_tokenizer(path: str, thinking: bool = True):
         spare = "<|finetune_right_pad_id|>"
         has_spare = spare in tokenizer.get_vocab()
         tokenizer.pad_token = spare if has_spare else tokenizer.eos_token
+    check_template(path, tokenizer)
     return tokenizer
 
 
-def encode_prompt(tokenizer, problem: str) -> list[int]:
-    """Token ids of instruction and problem, up to where the completion begins.
+def encode_prompt(
+    tokenizer, problem: str, images: tuple[str, ...] = (), tools: tuple[str, ...] = ()
+) -> list[int]:
+    """Token ids of instruction (with the protocol of `tools`) and problem, up to the completion.
 
     Only the prompt goes through the chat template: Qwen3's would cut the plan out of a completion.
+    `images` are paths of pictures, which stand where the problem has `<image>`, or before it. An
+    image token is a negative id (plumbing/images.py). Raises images.Unusable.
     """
-    turns = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": problem}]
+    problem = mark_pictures(tokenizer, problem, len(images)) if images else problem
+    instruction = " ".join(filter(None, (INSTRUCTION, protocol(tools))))
+    turns = [{"role": "system", "content": instruction}, {"role": "user", "content": problem}]
     # Llama's template prints today's date unless it is given one: prompts would change daily.
     options = dict(add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024")
     try:
@@ -101,11 +113,18 @@ def encode_prompt(tokenizer, problem: str) -> list[int]:
     except Exception as error:  # jinja2's TemplateError: Gemma's template refuses a system turn
         if "role" not in str(error).lower():
             raise
-        turns = [{"role": "user", "content": f"{INSTRUCTION}\n\n{problem}"}]
+        turns = [{"role": "user", "content": f"{instruction}\n\n{problem}"}]
         text = tokenizer.apply_chat_template(turns, **options)
     # Some chat templates end with an open <think>. Our completions start with <plan>.
     text = re.sub(r"<think>\s*$", "", text)
-    return tokenizer.encode(text, add_special_tokens=False)  # the template has written them
+    ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written special ones
+    return tokenizer.album.expand(ids, images) if images else ids
+
+
+def encode_question(tokenizer, record: dict, tools: tuple[str, ...] = ()) -> list[int]:
+    """`encode_prompt` of a record: with its pictures, and with what its world answers."""
+    images = record.get("images", ())
+    return encode_prompt(tokenizer, record["problem"], images, tools_of(record, tools))
 
 
 def find_stop_ids(model, tokenizer) -> list[int]:
@@ -173,15 +192,16 @@ def load_sharded(path: str, device: torch.device, config, *, frozen: bool = Fals
     on_gpu = device.type == "cuda"
     dtype = compute_dtype(config.dtype, device) if frozen else torch.float32
     names = ("dtype", "shard_within", "activation_checkpointing", "cpu_offload")
-    options = {name: getattr(config, name) for name in names}
+    options, part = {n: getattr(config, n) for n in names}, without_tower if frozen else lambda m: m
     if not dist.is_initialized():
-        model = shard_model(load_model(path, device, dtype), device, **options)
+        model = shard_model(part(load_model(path, device, dtype)), device, **options)
     else:
-        model = say_if_slow(empty_model(path, dtype), device)
+        model = part(say_if_slow(empty_model(path, dtype), device))
         model = fuse_norms(model) if on_gpu else model
         model = shard_model(model, device, **options)
         fill_model(model, path, device, torch.device("cpu") if config.cpu_offload else device)
     check_family(model.requires_grad_(not frozen), _logits)
+    freeze_tower(model, device)  # on it, whatever --cpu_offload says
     return model
 
 
@@ -224,7 +244,8 @@ def shard_model(
         options["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in blocks:
         fsdp.fully_shard(block, **options)
-    fsdp.fully_shard(model, **options)  # the root: tied embeddings must be in one group
+    # The root: tied embeddings must be in one group. A vision tower stays whole.
+    fsdp.fully_shard(model, ignored_params=freeze_tower(model), **options)
     fsdp.register_fsdp_forward_method(model, "token_logprobs")  # else it would miss FSDP's hooks
     return model
 
@@ -307,8 +328,7 @@ def token_logprobs(
     Call it as `model.token_logprobs(packed, ...)`: only so do FSDP's hooks run.
     """
     decoder, size = model.get_decoder(), model.config.get_text_config().vocab_size
-    ids, positions = packed.ids[None], packed.positions[None]  # (1, N)
-    output = decoder(input_ids=ids, position_ids=positions, use_cache=False, packed=packed)
+    output = decoder(**packed_inputs(model, packed), use_cache=False, packed=packed)
     hidden = output.last_hidden_state[0]  # (N, D)
     require(
         packed.attended,  # else sequences have seen each other
@@ -331,8 +351,9 @@ def token_logprobs(
 
 def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]  # a vision tower is not
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}]
     groups.append({"params": vectors, "weight_decay": 0.0})
     # Fused, it needs no temporary copy of a shard. With --cpu_offload the weights are not on a GPU.

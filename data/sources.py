@@ -26,18 +26,30 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data import code, toy, verifiers
+from data import code, toy, verifiers, vision
 from data.choice import LETTERS
 from data.overlap import Overlap
+from data.pictures import (
+    FOLDER,
+    identity,
+    keep_pictures,
+    locate_pictures,
+    relative,
+    undecoded,
+    with_prompts,
+)
 from plumbing import grader
 from plumbing.answers import is_number_list, last_box
+from plumbing.folder import lock, make_folder, refuse_unusable
 from plumbing.ranks import all_gather, fail, init_distributed, print0, rank, require, world_size
 from plumbing.records import load_jsonl
+from plumbing.signals import guarded
 from plumbing.weights import check_context, load_config
 
 # --------------------------------------------------------------------------------------------------
 # Cleaning
 
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 THOUSANDS = re.compile(r"-?\d{1,3}(?:,(?:\\!)?\d{3})+(?:\.\d+)?")  # LaTeX authors write 1,\!007
 DEGREES = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:\^\s*\\circ|\^\{\s*\\circ\s*\}|°)")
 
@@ -182,17 +194,16 @@ def mmlu_pro(row: dict) -> dict:
     return multiple_choice(row["question"], row["options"], row["answer_index"])
 
 
-def mmk12(subject: str) -> Callable[[dict], dict | str]:
-    """The function for rows of one subject. The question lists the options. Images are left out."""
+def with_clean_gold(convert: Callable) -> Callable[[dict], dict | str]:
+    """The function of data/vision.py for rows, with its golds of mathematics cleaned."""
 
-    def convert(row: dict) -> dict | str:
-        if row["subject"].strip().lower() != subject:
-            return "another subject"
-        question = row["question"].replace("<image>", "").strip()
-        problem = f"{question}\n\n{ASK_LETTER}"
-        return {"problem": problem, "answer": row["answer"].strip(), "verifier": "choice"}
+    def clean(row: dict) -> dict | str:
+        record = convert(row)
+        if isinstance(record, dict) and "verifier" not in record:
+            record["answer"] = clean_gold(record["answer"])
+        return record
 
-    return convert
+    return clean
 
 
 class Source(NamedTuple):
@@ -367,15 +378,8 @@ SOURCES = {
         benchmark=True,
     ),
 } | {
-    f"mmk12_{subject}": Source(
-        hub="FanqingM/MMK12",
-        revision="372a609268ea79b5e78d90ab173e02c37b486163",
-        convert=mmk12(subject),
-        columns=("question", "answer", "subject"),
-        split="test",
-        benchmark=True,
-    )
-    for subject in ("physics", "chemistry", "biology")
+    name: Source(**{"revision": "main", **entry, "convert": with_clean_gold(entry["convert"])})
+    for name, entry in vision.ENTRIES.items()
 }
 # Hub ids are taken as names, too, if they name one source.
 HUBS = Counter(source.hub for source in SOURCES.values())
@@ -426,7 +430,7 @@ def open_table(name: Name):
         wanted = [column for column in source.columns if column in present]
         if not wanted:
             raise ValueError(f"its columns are {', '.join(present)}")
-        table = table.select_columns(wanted)
+        table = undecoded(table.select_columns(wanted))
     return table
 
 
@@ -480,12 +484,13 @@ ANY = (float("-inf"), float("inf"))  # the range of difficulties that keeps prob
 
 def read_hub(
     name: Name, *, solutions: bool = False, difficulty: tuple[float, float] = ANY,
-    overlap: "Overlap | None" = None, dropped: Counter,
+    overlap: "Overlap | None" = None, dropped: Counter, pictures: Path = FOLDER,
 ) -> Iterator[dict]:
     """Clean records of a data set, in its order. `dropped` counts the rows left out, by reason.
 
     `solutions` keeps chains of thought (many kilobytes each) and leaves out rows without one. An id
     is the data set's short name and the row's number, so it does not depend on what is left out.
+    Pictures are written to the folder `pictures`.
     """
     source, seen = SOURCES[name.source], set()
     for index, row in enumerate(open_rows(name)):
@@ -498,9 +503,10 @@ def read_hub(
                 "pins, or pass the data as JSONL records"
             )
         reason = record if isinstance(record, str) else unusable(record, solutions)
+        reason = reason or keep_pictures(record, pictures, name.folder)
         # The order of these tests decides what a row is counted as.
         if not reason and not source.benchmark:
-            key = text_key(record["problem"])
+            key = text_key(identity(record))
             reason = "duplicate" if key in seen else None
         if not reason and not within(record.get("difficulty"), difficulty):
             reason = "difficulty outside the range"
@@ -604,6 +610,8 @@ def load_records(
     if not hub and limit and limit < len(records):
         chosen = set(random.Random(seed).sample(range(len(records)), limit))
         records = [record for index, record in enumerate(records) if index in chosen]
+    if is_file:
+        locate_pictures(name, records)
     return records
 
 
@@ -627,7 +635,14 @@ def check_records(name: str, records: list[dict], fields: tuple[str, ...]):
                     f"{where}: {field!r} {problem[:80]}; every record needs the non-empty strings "
                     + ", ".join(fields)
                 )
-        require(id not in seen, f"{where}: the id {id!r} occurs twice; ids must be unique")
+        texts = {name: value for name, value in record.items() if isinstance(value, str)}
+        odd = [name for name, text in texts.items() if SURROGATE.search(text)]
+        require(
+            not odd,
+            f"{where}: {', '.join(odd):.80} holds half a character (a lone surrogate), which is no "
+            "text; mend or remove the record",
+        )
+        require(id not in seen, f"{where}: the id {id!r:.80} occurs twice; ids must be unique")
         seen.add(id)
     require(records, f"{name} holds no records; choose another file or data set")
 
@@ -646,8 +661,7 @@ def load_gradable(
     for problem in problems:
         verifiers.locate(problem, name)
     problems = without_failing_golds(name, with_usable_golds(name, problems))
-    for problem in problems:
-        problem["prompt"] = encode(problem["problem"])
+    problems = with_prompts(name, problems, encode, left_out=bool(parse_name(name)))
     kept = [problem for problem in problems if len(problem["prompt"]) <= max_prompt_tokens]
     flag = f"--max_prompt_tokens {max_prompt_tokens}"
     require(kept, f"every prompt of {name} is longer than {flag}; raise it")
@@ -708,11 +722,11 @@ def hold_out(problems: list[dict], size: int, seed: int) -> tuple[list[dict], li
     """
     first: dict[bytes, dict] = {}
     for problem in problems:
-        first.setdefault(text_key(problem["problem"]), problem)
+        first.setdefault(text_key(identity(problem)), problem)
     lot = lambda key: hashlib.blake2b(key, key=str(seed).encode()).digest()
     chosen = set(sorted(first, key=lot)[: min(size, len(first) // 10)])
     held_out = [problem for key, problem in first.items() if key in chosen]
-    training = [problem for problem in problems if text_key(problem["problem"]) not in chosen]
+    training = [problem for problem in problems if text_key(identity(problem)) not in chosen]
     if copies := len(problems) - len(training) - len(held_out):
         print0(f"{copies} further copies of held-out problems are left out of training")
     return training, held_out
@@ -768,32 +782,48 @@ def parse_arguments() -> argparse.Namespace:
     add("--ngram", type=int, default=13, help="words in a row that count as overlap")
     add("--solutions", action="store_true", help="keep chains of thought (for distill.py)")
     add("--overwrite", action="store_true", help="replace --out")
+    parser.error = fail
     args = parser.parse_args()
     names, out = ", ".join(SOURCES), args.out
     require(parse_name(args.data), f"no data set {args.data!r}: give one of {names}")
-    usable = args.overwrite or not Path(out).exists()
-    require(usable, f"{out} exists: choose another --out or pass --overwrite")
+    refuse_unusable(Path(out))
+    fit = Path(out).is_file() or not Path(out).exists()
+    require(fit, f"{out} is no file; --out wants one such as runs/problems.jsonl")
+    written = [path for path in (Path(out), report_beside(Path(out))) if path.exists()]
+    usable = args.overwrite or not written
+    there = " and ".join(map(str, written))
+    require(usable, f"{there} exists: choose another --out or pass --overwrite")
     sizes = args.ngram >= 2 and args.limit >= 0
     require(sizes, "--ngram must be at least 2, and --limit not negative")
     return args
 
 
+def report_beside(out: Path) -> Path:
+    return out.with_suffix(".report.json")
+
+
 def write_records(out: Path, records: Iterable[dict]) -> int:
-    """Write a JSONL file in one go. Returns its number of records; if 0, `out` stays as it was."""
+    """Write a JSONL file in one go. Returns its number of records; if 0, `out` stays as it was.
+
+    Raises SystemExit if that cannot be, or if another process is at it.
+    """
     temporary, kept = out.with_name(out.name + ".tmp"), 0
+    make_folder(out.parent)
+    if refusal := lock(out.with_name(f".{out.name}.lock")):
+        fail(refusal)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "w")
+        with open(temporary, "w") as file:
+            for record in records:
+                if "images" in record:
+                    record["images"] = relative(record["images"], out)
+                file.write(json.dumps(record) + "\n")
+                kept += 1
+        if kept:
+            temporary.replace(out)
     except OSError as error:
-        fail(f"cannot write {temporary} ({error.strerror}); choose another --out")
-    with file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
-            kept += 1
-    if kept:
-        temporary.replace(out)
-    else:
-        temporary.unlink()
+        fail(f"cannot write {temporary} ({error.strerror}); make room, or choose another --out")
+    finally:
+        temporary.unlink(missing_ok=True)
     return kept
 
 
@@ -806,6 +836,7 @@ def main():
         overlap = Overlap(problems, args.ngram)
     levels, wanted = (args.min_difficulty, args.max_difficulty), args.solutions
     filters = dict(solutions=wanted, difficulty=levels, overlap=overlap)
+    filters["pictures"] = out.with_name(f"{out.stem}_images")
     records = read_hub(name, **filters, dropped=dropped)
     if args.limit:  # without it, records go straight from reader to file
         records = subset(records, args.limit, args.seed)
@@ -824,9 +855,9 @@ def main():
         "ngram": args.ngram,
         "overlaps": overlap.report if overlap else [],
     }
-    out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n")
+    report_beside(out).write_text(json.dumps(report, indent=1) + "\n")
     print0("; ".join([f"{out}: {kept} records", *counts_text(dropped)]))
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -36,6 +36,7 @@ from plumbing.folder import (
     step_folders,
     step_of,
 )
+from plumbing.images import processors
 from plumbing.ranks import all_gather, all_max, barrier, fail, print0, rank, require, world_size
 from plumbing.weights import load_tensors, local_part, model_tensors, open_tensors, read_rows
 
@@ -184,7 +185,8 @@ class Checkpoints:
             if rank() == 0:
                 for file, content in small.items():
                     (folder / file).write_text(json.dumps(content, indent=1) + "\n")
-                for part in (config, self.model.generation_config, self.tokenizer):
+                parts = (config, self.model.generation_config, self.tokenizer)
+                for part in (*parts, *processors(self.tokenizer)):
                     part.save_pretrained(folder)
                 others = [path for path in folder.rglob("*") if path.suffix != ".safetensors"]
                 files += filter(Path.is_file, others)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from plumbing.attention import Extents, may_split
+from plumbing.images import prompt_inputs, shifts
 from plumbing.ranks import fail, print0, rank
 
 PREFILL_TOKENS = 2**14  # prompts are prefilled in batches of at most this many tokens, 32 rows
@@ -42,6 +43,7 @@ class Decoder:
 
     def __init__(self, model, sequences: list, max_rows: int = 0):
         self.model, self.waiting = model, list(reversed(sequences))
+        self.shifts = shifts(model, sequences)  # of positions after pictures
         longest = max(len(s.prompt) + max(s.limits) for s in sequences)
         branches = max(len(s.limits) for s in sequences)
         rows = sum(len(s.limits) for s in sequences)
@@ -86,7 +88,10 @@ class Decoder:
         """Feed each active sequence's last token. Returns the logits of the next ones (B, V)."""
         last = [s.ids[-1] if s.ids else s.prompt[-1] for s in active]
         positions = [len(s.prompt) + len(s.ids) - 1 for s in active]
-        return decode_step(self.model, self.cache, last, positions, [s.slot for s in active])
+        inputs = [last, positions, [s.slot for s in active]]
+        if self.shifts is not None:
+            inputs.append([p + self.shifts[id(s.prompt)] for p, s in zip(positions, active)])
+        return decode_step(self.model, self.cache, *inputs)
 
     def keep(self, alive: list) -> list:
         """Let the sequences that go on grow. Returns those that stay active, in the order of rows.
@@ -154,11 +159,8 @@ def prefill(model, cache: "KVCache", sequences: list):
         width = length(batch[-1])
         padded = [((s.prompt + s.ids)[:-1] + [0] * width)[:width] for s in batch]
         cache.write_prompts([(s.slot, length(s)) for s in batch], model.device)
-        model(
-            input_ids=torch.tensor(padded, device=model.device),
-            position_ids=torch.arange(width, device=model.device)[None],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )
+        run, inputs = prompt_inputs(model, torch.tensor(padded, device=model.device))
+        run(**inputs, past_key_values=cache, use_cache=True)
     others = [(s, first[key(s)]) for s in sequences]
     cache.copy([(f.slot, s.slot, length(s)) for s, f in others if s is not f and length(s)])
 
@@ -168,26 +170,29 @@ def prefill(model, cache: "KVCache", sequences: list):
 
 
 def decode_step(
-    model, cache: "KVCache", ids: list[int], positions: list[int], starts: list[int]
+    model, cache: "KVCache", ids: list[int], positions: list[int], starts: list[int],
+    rotary: list[int] | None = None,
 ) -> torch.Tensor:
     """Feed one token per row, each at its own position. Returns the next tokens' logits (B, V).
 
-    starts: the first place of each row's keys in the cache. A CUDA graph is used on a GPU, unless
-    `model.cuda_graphs` is False.
+    starts: the first place of each row's keys in the cache; rotary: positions for the embedding,
+    where pictures make them others. A CUDA graph is used on a GPU, unless `model.cuda_graphs` is
+    False.
     """
     replayed = model.device.type == "cuda" and getattr(model, "cuda_graphs", True)
     step = replay_step if replayed else forward_step
-    inputs = torch.tensor([ids, positions, starts], device=model.device)
+    rows = [ids, positions, starts] if rotary is None else [ids, positions, starts, rotary]
+    inputs = torch.tensor(rows, device=model.device)
     return step(model, cache, inputs, max(positions) + 1)
 
 
 def forward_step(model, cache: "KVCache", inputs: torch.Tensor, filled: int) -> torch.Tensor:
-    """A decode step. inputs (3, B): ids, positions, starts -> logits (B, V).
+    """A decode step. inputs (3 or 4, B): ids, positions, starts, rotary -> logits (B, V).
 
     No row has more than `filled` keys. Without split-KV the rows are slots 0..B-1, and attention
     reads that many of each.
     """
-    ids, positions, starts = inputs
+    ids, positions, starts, *rotary = inputs
     cache.write_tokens(starts, positions, filled)
     if cache.split:
         options = dict(extents=Extents.of(starts, positions + 1, filled))
@@ -197,7 +202,8 @@ def forward_step(model, cache: "KVCache", inputs: torch.Tensor, filled: int) -> 
         mask = torch.zeros(len(ids), filled, dtype=model.dtype, device=ids.device)
         options = dict(attention_mask=mask.masked_fill_(beyond, -math.inf)[:, None, None])
     options |= dict(past_key_values=cache, use_cache=True)
-    output = model(input_ids=ids[:, None], position_ids=positions[:, None], **options)
+    (rotary,) = rotary or [positions]
+    output = model(input_ids=ids[:, None], position_ids=rotary[:, None], **options)
     return output.logits[:, -1]
 
 

@@ -25,6 +25,8 @@ class TrainingFlags:
     activation_checkpointing: bool = True  # less memory for activations, a third more computing
     cpu_offload: bool = False  # weights, gradients and optimiser state in CPU memory
     shard_within: Literal["world", "node"] = "world"  # cut weights over all ranks, or a node's
+    max_pixels: int = 401408  # larger pictures are made smaller (512 tokens of Qwen2.5-VL); 0: none
+    freeze_vision: bool = True  # a vision tower keeps its weights: false is not there yet
     log: Literal["", "tensorboard", "wandb", "trackio"] = ""  # also log there, if it is installed
     keep: int = 2  # newest checkpoints kept; 0: all
     on_save_error: Literal["stop", "continue"] = "stop"  # when a disk is full or the like
@@ -124,6 +126,11 @@ def check_training(config: TrainingFlags):
         config.model != type(config).model or config.dry_run or has_gpu(),
         "no GPU here, and the default settings are the paper's 8-GPU run: `make demo` runs the "
         "method on a CPU",
+    )
+    require(
+        config.freeze_vision,
+        "--freeze_vision false is not supported: features of pictures are computed once per step, "
+        "without gradients; leave it out",
     )
     require(
         not config.log or importlib.util.find_spec(config.log),

@@ -20,9 +20,10 @@ import torch
 
 from plumbing.decoder import SAMPLING_BYTES, cache_bytes
 from plumbing.flags import parse_config
+from plumbing.images import freeze_tower, tokens_at_most
 from plumbing.ranks import print0, world_size
 from plumbing.thin import thin_config
-from plumbing.weights import load_config
+from plumbing.weights import load_config, model_class
 
 # How many logits are computed at a time: 128 MiB in fp32, 512 MiB on a GPU. (Fewer chunks mean
 # fewer additions in bf16 to the head's gradient.)
@@ -56,10 +57,8 @@ def count_attention(module, query, key, value, mask, **kwargs):
 
 def make_empty(config, **options):
     """A model of this config on the meta device."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        return model_class(config).from_config(config, trust_remote_code=False, **options)
 
 
 def saved_bytes(config, tokens: int, dtype: torch.dtype) -> int:
@@ -111,7 +110,7 @@ def logprob_bytes(vocabulary: int, tokens: int, dtype: torch.dtype) -> int:
 # The estimate
 
 GPU_SIZES = (80, 141)  # GiB of the GPUs that --dry_run speaks of: H100 and H200
-ALWAYS = ("weights", "optimiser", "reference")
+ALWAYS = ("weights", "optimiser", "reference", "vision tower")
 ROLLOUT = ("gathered for rollout", "KV cache", "sampling")
 UPDATE = ("gradients", "activations", "logprobs", "gathered for update")
 
@@ -129,7 +128,8 @@ def estimate(
     Also returned are `row`, the bytes of one more row in a rollout, and `parameters`, their number.
     """
     model, sampler = make_empty(config), config if tp == 1 else thin_config(config, tp)
-    count = sum(p.numel() for p in model.parameters())
+    tower = sum(p.numel() for p in freeze_tower(model) or ())  # whole on every GPU, in fp32
+    count = sum(p.numel() for p in model.parameters()) - tower
     sampled = count if tp == 1 else sum(p.numel() for p in make_empty(sampler).parameters())
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.get_decoder().layers]
     block, root = blocks[0], count - sum(blocks)
@@ -147,6 +147,7 @@ def estimate(
         "gradients": on_gpu * 4 * count / ranks,
         "optimiser": on_gpu * 8 * count / ranks,
         "reference": on_gpu * itemsize * count / ranks if reference else 0,
+        "vision tower": 4 * tower,
         "gathered for rollout": gathered * itemsize * sampled,
         "KV cache": rows * row_cache,
         "sampling": rows * row_sampling,
@@ -174,7 +175,7 @@ def largest_model(parts: dict[str, float], gib: float) -> float:
     samples. An update holds gradients instead, and besides what grows with the root of a model's
     size, about as its width does.
     """
-    room, always = 0.9 * gib * GIB, sum(parts[name] for name in ALWAYS)
+    room, always = 0.9 * gib * GIB, sum(parts.get(name, 0) for name in ALWAYS)
     rollout, update = always + parts["gathered for rollout"], always + parts["gradients"]
     beside = parts["update"] - update
     # The root x of the ratio to this model's size solves update x^2 + beside x = room.
@@ -228,6 +229,8 @@ def dry_run(
     dtype = torch.float32 if settings.dtype == "fp32" else torch.bfloat16
     options |= dict(cpu_offload=settings.cpu_offload, tp=tp, dtype=dtype)
     config = load_config(settings.model)
+    if most := tokens_at_most(config, settings.max_pixels):
+        print0(f"{'image tokens per picture, at most':36}{most:,}")
     parts = estimate(config, **options, checkpointing=settings.activation_checkpointing)
     print0(f"\nmemory per GPU (GiB), with the weights cut over {ranks}")
     for name in ALWAYS + ROLLOUT * (rows > 0) + UPDATE:

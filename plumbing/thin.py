@@ -23,7 +23,7 @@ from plumbing.attention import use_attention
 from plumbing.kernels import fuse_norms
 from plumbing.ranks import require, world_size
 from plumbing.signals import Interrupted, StopSignal
-from plumbing.weights import load_config, parameters_on_meta
+from plumbing.weights import load_config, parameters_on_meta, sees
 
 SIZES = {  # of a config: what is cut, and its name in messages
     "num_attention_heads": "heads",
@@ -86,7 +86,7 @@ def check_tp(config):
         f"--tp {tp} does not know how to cut the family {model_config.model_type!r}: choose a "
         "model of the families qwen2, qwen3 or llama, or leave --tp out"
     )
-    require(all(isinstance(size, int) for size in sizes), family)
+    require(all(isinstance(size, int) for size in sizes) and not sees(model_config), family)
     common = math.gcd(*sizes)
     fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
     listed = ", ".join(f"{what} {size}" for what, size in zip(SIZES.values(), sizes))

@@ -2,13 +2,17 @@
 
 Whatever is wrong with the files is said in one sentence that names the remedy. Code that comes with
 a model is never run: without trust_remote_code=False in every from_pretrained and from_config,
-transformers would ask on the terminal, and run it after a `y`.
+transformers would ask on the terminal, and run it after a `y`. Pickles are never loaded, because
+loading one can run code, too.
 """
 
 import contextlib
 import functools
 import json
 import os
+import resource
+import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -17,6 +21,9 @@ import torch.distributed as dist
 from plumbing.ranks import barrier, fail, print0, rank, require
 
 SLOW_BILLIONS = 1.0  # parameters from which on a CPU is no place for a model
+INDEX = "model.safetensors.index.json"
+MOST_LAYERS = 2000
+TEMPLATE_LIMITS = 20.0, 2 << 30  # seconds and bytes that a chat template may take for one prompt
 
 # --------------------------------------------------------------------------------------------------
 # Refusals
@@ -62,16 +69,104 @@ def of_usable_weights(load):
 
         try:
             return load(path, *args, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             refuse_code(path, error)
             remedy = (
                 "copy the model's files there again"
                 if Path(path).is_dir()
                 else "check the network, the model's id and the free disk space"
             )
+            if "model.safetensors" in str(error):  # is missing
+                remedy = f"{NO_PICKLES}: convert them to safetensors, or choose another model"
             fail(f"no usable weights at {path!r} ({in_short(error)}); {remedy}")
 
     return run
+
+
+NO_PICKLES = "pickles, such as pytorch_model.bin, are never loaded"
+
+
+@contextlib.contextmanager
+def without_pickles():
+    """Inside, torch.load refuses: a model's list of files may name pickles among the others."""
+    load = torch.load
+
+    def refuse(file, *args, **options):
+        fail(f"{file} is no safetensors file; {NO_PICKLES}: convert it, or choose another model")
+
+    torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+def check_folder(path: str):
+    """Refuse a model's folder that could not be read to an end, or that leads out of itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for file in folder.iterdir():  # a pipe would be waited for, and /dev/zero has no end
+        require(
+            file.is_file() or file.is_dir() or not file.exists(),
+            f"{file} is neither a file nor a folder: copy the model's files there again",
+        )
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        for name in set(json.loads((folder / INDEX).read_text())["weight_map"].values()):
+            require(
+                Path(name).name == name and name.endswith(".safetensors"),
+                f"{folder / INDEX} names {name!r:.80}, which is no safetensors file of this "
+                "folder: copy the model's files there again",
+            )
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, size: int):
+    """Inside, Python code ends with an error after so many seconds, or bytes of further memory.
+
+    Where that can be had: on the main thread, and where /proc tells how much memory is taken.
+    """
+
+    def too_long(*_):
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    main, statm = threading.current_thread() is threading.main_thread(), Path("/proc/self/statm")
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if statm.exists() and limit == resource.RLIM_INFINITY:
+        taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + size, hard))
+    if main:
+        before = signal.signal(signal.SIGALRM, too_long)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def check_template(path: str, tokenizer):
+    """Refuse a chat template that raises, or takes long or much memory for one prompt.
+
+    jinja2's sandbox keeps it from everything else.
+    """
+    user = {"role": "user", "content": "1 + 1"}
+    turns, render = [{"role": "system", "content": "Add."}, user], tokenizer.apply_chat_template
+    try:
+        with bounded(*TEMPLATE_LIMITS):
+            try:
+                render(turns, tokenize=False)
+            except Exception as error:
+                if "role" not in str(error).lower():  # Gemma's refuses a system turn
+                    raise
+                render([user], tokenize=False)
+    except Exception as error:  # of many kinds: a template is a program
+        fail(
+            f"the chat template of {path} cannot be used ({in_short(error)}): mend it, or choose "
+            "another model"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,12 +182,13 @@ def load_config(path: str):
 
     require(not Path(path).is_file(), f"{path} is a file: give the folder with the model's files")
     try:
+        check_folder(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds, where config.json is damaged
         refuse_code(path, error)
         fail(why_no_config(path, error))
     require(
-        type(config) in AutoModelForCausalLM._model_mapping,
+        sees(config) or type(config) in AutoModelForCausalLM._model_mapping,
         f"{path} is of model_type {config.model_type!r}, for which transformers has no causal "
         "language model; choose another model",
     )
@@ -101,12 +197,31 @@ def load_config(path: str):
             f"{path} brings Python code, which is not run: transformers' own {config.model_type} "
             "is used"
         )
+    text, kind = config.get_text_config(), getattr(config, "quantization_config", None)
+    require(not kind, f"{path} is quantised, which cannot be trained here: choose its plain form")
+    layers = getattr(text, "num_hidden_layers", 1)
     require(
-        not getattr(config.get_text_config(), "attn_logit_softcapping", None),
+        isinstance(layers, int) and 0 < layers <= MOST_LAYERS,
+        f"{path} says that it has {layers!r:.40} layers: copy the model's own config.json there",
+    )
+    require(
+        not getattr(text, "attn_logit_softcapping", None),
         f"{path} caps its attention scores (Gemma 2), which plumbing/attention.py does not do; "
         "choose another model",
     )
     return config
+
+
+def sees(config) -> bool:
+    """Whether a model takes pictures, in the way that plumbing/images.py knows."""
+    return config.model_type in ("qwen2_5_vl", "qwen3_vl")
+
+
+def model_class(config):
+    """The class of transformers that makes a model of this config."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
 
 
 def why_no_config(path: str, error: Exception) -> str:
@@ -137,7 +252,7 @@ def why_no_config(path: str, error: Exception) -> str:
 def check_context(model_config, prompt_tokens: int, completion_tokens: int):
     """Refuse lengths that the model has no positions for, before any weights are loaded."""
     needed = prompt_tokens + completion_tokens
-    context = getattr(model_config, "max_position_embeddings", None) or needed
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) or needed
     require(
         needed <= context,
         f"a prompt of {prompt_tokens} tokens and --max_completion_tokens {completion_tokens} do "
@@ -215,16 +330,21 @@ def read_model(path: str, dtype):
     random, and differently in policy and reference. Tied weights and what no file holds (rotary
     frequencies) are not missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model, report = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # to say it in a sentence of our own
-    )
+    check_folder(path)
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # which a hub service would do
+    kind = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    with without_pickles():
+        model, report = kind.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to say it in a sentence of our own
+        )
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         refuse_shape(name, stored, wanted)
     refuse_missing(path, report["missing_keys"])
@@ -244,11 +364,12 @@ def say_if_slow(model, device: torch.device):
 
 def empty_model(path: str, dtype: torch.dtype):
     """The model with parameters without storage, but real buffers (no file holds those)."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     options = dict(dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    config = load_config(path)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(load_config(path), **options).eval()
+        model = model_class(config).from_config(config, **options).eval()
     with contextlib.suppress(OSError):  # not every model has one
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model

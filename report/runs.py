@@ -15,6 +15,7 @@ import torch
 
 from plumbing.answers import plan_leaks
 from plumbing.folder import FREE_SETTINGS
+from plumbing.images import thumbnail
 from plumbing.plans import variances
 from plumbing.ranks import require
 from rewards import parse_completion
@@ -312,6 +313,8 @@ def page_tree(record: dict, run: int, share: float | None = None) -> dict:
         plans.append({"score": plan["score"], "completions": completions})
     head = {key: record[key] for key in ("step", "id", "answer")}
     tree = {"run": run, **head, "problem": record["problem"][:MAX_TEXT], "plans": plans}
+    if "images" in record:
+        tree["images"] = [thumbnail(path) for path in record["images"]]
     line = plans_line(record, share)
     return {**tree, "line": line} if line else tree
 
@@ -342,13 +345,15 @@ def page_question(records: dict[int, dict], samples: int) -> dict:
     runs = []
     for i, record in records.items():
         shown = [
-            {**cut_text(s["completion"]), "correct": s["correct"], "tokens": s["tokens"]}
+            {**cut_text(s["completion"]), "correct": s["correct"], "tokens": s["tokens"],
+             "said": s.get("said", [])}
             for s in record["samples"][:samples]
         ]
         right = sum(s["correct"] for s in record["samples"])
         runs.append({"eval": i, "right": right, "n": len(record["samples"]), "samples": shown})
     first = next(iter(records.values()))
     head = {"id": first["id"], "answer": first["answer"], "problem": first["problem"][:MAX_TEXT]}
+    head |= {"images": first["images"]} if "images" in first else {}
     return {**head, "runs": runs}
 
 
@@ -372,4 +377,7 @@ def before_after(evals: list[Run], budget: int, samples: int = 2) -> tuple[list[
     few = [questions[i] for i in spread(len(questions), 50)]
     size = len(json.dumps(few)) / max(1, len(few))  # mean bytes per question
     kept = [questions[i] for i in spread(len(questions), int(budget / max(1, size)))]
+    for question in kept:
+        if "images" in question:
+            question["images"] = [thumbnail(path) for path in question["images"]]
     return kept, len(questions)

@@ -138,7 +138,10 @@ class PretendGPU(TorchFunctionMode):
                 return put(args[0].clone(), CPU)
         if name == "pin_memory":
             return args[0]
-        if gpu and cpu and name != "copy_":
+        if gpu and cpu and name == "__getitem__" and place(args[0]) == GPU:
+            refuse_while_capturing("a copy of an index")  # else it may lie in CPU memory
+            used["copies"] += 1
+        elif gpu and cpu and name != "copy_":
             where = [(str(place(t)), tuple(t.shape)) for t in found]
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices in "

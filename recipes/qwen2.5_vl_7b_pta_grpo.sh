@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Table 5: Qwen2.5-VL-7B-Instruct, PTA-GRPO.
+# Paper, PTA-GRPO: MMMU-Pro 44.7, MMMU 59.0, EMMA 31.9, MMK12 58.5 / 68.7 / 66.8 (physics, ...).
+# Flags of grpo.py may follow.
+source "$(dirname "$0")/vision.sh"
+row_vision pta_grpo "$@"
