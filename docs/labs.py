@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent
 PAGE, FIGURES, RUNS = FOLDER / "labs.md", FOLDER / "labs.json", Path("runs/lessons")
 METRICS = """accuracy reward outcome_spread plan_spread length_reward_spread credit_corr
 zero_variance entropy kl clip_frac grad_norm completion_tokens format_rate""".split()
-ENDS = 3  # steps that are averaged at either end
+ENDS = 5  # steps that are averaged at either end
 
 
 def blocks(text: str) -> tuple[str, str, dict[str, str]]:
@@ -73,10 +73,9 @@ def fill(text: str, found: dict) -> str:
 
 def main(arguments: list[str]):
     require(arguments in ([], ["--run"]), "give nothing, or --run: python -m docs.labs --run")
-    text = PAGE.read_text()
     if arguments:
-        FIGURES.write_text(json.dumps(run(text), separators=(",", ":")) + "\n")
-    PAGE.write_text(fill(text, json.loads(FIGURES.read_text())))
+        FIGURES.write_text(json.dumps(run(PAGE.read_text()), separators=(",", ":")) + "\n")
+    PAGE.write_text(fill(PAGE.read_text(), json.loads(FIGURES.read_text())))
     print0(f"wrote {PAGE}")
 
 
