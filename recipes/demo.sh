@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/demo}
 TASK=${TASK:-doors}
+lr=1e-4
 # steps and tree_steps: of GRPO, and of PTA-GRPO for as many tokens; beside them tokens per question.
 case "$TASK" in
     doors)
@@ -40,7 +41,7 @@ stage sft python sft.py --model "$base" --data "$RUN/plans.jsonl" --out "$RUN/sf
 
 rl=(--model "$RUN/sft/model" --data "$RUN/data/train.jsonl" --overwrite
     --eval_data "$RUN/data/validation.jsonl" --eval_every 20 --show_every 20 --save_every 0
-    --questions 16 --lr "${lr:-1e-4}" --warmup_steps 5 --kl_coef 0.01 "${limits[@]}"
+    --questions 16 --lr "$lr" --warmup_steps 5 --kl_coef 0.01 "${limits[@]}"
     --tokens_per_micro_batch 4000 --activation_checkpointing false)
 stage grpo python grpo.py "${rl[@]}" --out "$RUN/grpo" --plans 12 --cots 1 --beta 0 \
     --steps "$steps"
