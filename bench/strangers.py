@@ -100,7 +100,9 @@ def enter(kind: str, name: str, work: Path):
     from plumbing.signals import guarded
 
     os.environ["HOME"] = str(work)
-    grader.pool.start = lambda: None  # workers begin when an answer needs them
+    begin, wait = grader.pool.start, grader.pool.await_workers
+    grader.pool.start = lambda: None  # not before an answer needs them
+    grader.pool.await_workers = lambda: (setattr(grader.pool, "start", begin), wait())
     try:
         guarded(lambda: KINDS[kind][name][0](work))
     except SystemExit as stop:
