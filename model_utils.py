@@ -119,7 +119,7 @@ def find_stop_ids(model, tokenizer) -> list[int]:
         ids = getattr(config, "eos_token_id", None)
         found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     odd = [repr(one)[:40] for one in found if not isinstance(one, int)]
-    require(not odd, f"the eos_token_id {', '.join(odd)} is no number: mend the model's config files")
+    require(not odd, f"eos_token_id {', '.join(odd)} is no number: mend the model's config files")
     return sorted(found)
 
 
