@@ -45,12 +45,11 @@ def choose(records: list[dict]) -> dict:
     return max(records, key=telling)
 
 
-def all_logprobs(path: str, tokenizer, problem: str, texts: list[str]) -> list[list[float]]:
-    """Logprobs of each completion's tokens, end token included, by a saved model."""
-    model, prompt = load_model(path, torch.device("cpu")), encode_prompt(tokenizer, problem)
-    found = []
-    for text in texts:
-        ids = torch.tensor([[*prompt, *tokenizer.encode(text), tokenizer.eos_token_id]])
+def all_logprobs(path: str, prompt: list[int], rows: list[list[int]]) -> list[list[float]]:
+    """Logprobs of each completion's token ids, by a saved model."""
+    model, found = load_model(path, torch.device("cpu")), []
+    for completion in rows:
+        ids = torch.tensor([prompt + completion])
         with torch.no_grad():
             row = token_logprobs(model, ids, torch.ones_like(ids).bool())[0, len(prompt) - 1:]
         found.append([round(x, 5) for x in row.tolist()])
@@ -67,17 +66,15 @@ def keep(before: Path, after: Path) -> dict:
     whole = [record for record in records if not any(c["truncated"] for c in of(record))]
     record = choose(whole or records)
     completions = of(record)
-    tokenizer, texts = load_tokenizer(str(after / "model")), [c["text"] for c in completions]
+    tokenizer = load_tokenizer(str(after / "model"))
+    prompt, end = encode_prompt(tokenizer, record["problem"]), [tokenizer.eos_token_id]
+    rows = [tokenizer.encode(c["text"]) + end * (not c["truncated"]) for c in completions]
     models = {"reference": config["model"], "before": before / "model", "after": after / "model"}
-    logprobs = {
-        name: all_logprobs(str(path), tokenizer, record["problem"], texts)
-        for name, path in models.items()
-    }
+    logprobs = {name: all_logprobs(str(path), prompt, rows) for name, path in models.items()}
     for c, sampled in zip(completions, logprobs["before"]):
         logged = c.pop("per_token")["surprise"]  # in hundredths
         off = max(abs(-x - y / 100) for x, y in zip(sampled, logged, strict=True))
         require(off < 0.006, f"{before} did not sample in {after}: off by {off:.3f}")
-    words = [tokenizer.batch_decode([[i] for i in tokenizer.encode(text)]) for text in texts]
     names = "plans cots beta tau alpha structure correct_only std_norm std_of credit loss_agg"
     names += " clip_low clip_high kl_coef kl_ratio epochs mini_batches lr questions"
     return {
@@ -86,7 +83,7 @@ def keep(before: Path, after: Path) -> dict:
         "record": record,
         "tokens": sum(c["tokens"] for c in everything),
         "pull": round(sum(c["tokens"] * abs(c["advantage"]) for c in everything), 2),
-        "words": [[*row, "(end)"] for row in words],
+        "words": [tokenizer.batch_decode([[i] for i in ids]) for ids in rows],
         "logprobs": logprobs,
     }
 
