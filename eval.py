@@ -172,7 +172,8 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     if mine:  # the last problems may be fewer than the ranks
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
         show(tokenizer, [p["prompt"] for p in mine], model)
-        respond = replies(tokenizer, mine, config, stop_ids, lambda i: f"{config.seed} {i % n}")
+        salt_of, starts = lambda i: f"{config.seed} {i % n}", [p.get("given", []) for p in mine]
+        respond = replies(tokenizer, mine, config, stop_ids, salt_of, starts)
         ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank(), respond)
         given = [respond.places(i) if respond else [] for i in range(len(ids))]
         samples = grade(tokenizer, each, ids, given, stop_ids, config)
@@ -349,7 +350,7 @@ def weights_of(path: str) -> str:
     """The commit of a hub model, or a digest of the weights and settings in a folder."""
     if not Path(path).is_dir():
         return load_config(path)._commit_hash or ""
-    kinds = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
     files = [file for file in sorted(Path(path).iterdir()) if file.suffix in kinds]
     digests = [[f.name, *digest(f)] for f in files if not f.name.startswith("optimizer")]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -9,9 +9,12 @@ runs or unpickles what a model's folder holds, or changes what is not in --out, 
 should survive does not. Counts are printed, and each failure.
 """
 
+import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
+
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -23,7 +26,6 @@ import tempfile
 import time
 import types
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.strangers_inputs import (
@@ -32,6 +34,7 @@ from bench.strangers_inputs import (
     LINES,
     OWN,
     ROOT,
+    SCRIPTS,
     STAGES,
     TEXTS,
     is_plain,
@@ -73,8 +76,8 @@ def on_model(spoil, stage):
 
 def watch(event: str, given: tuple, folder: Path):
     """Note the opening of what no stage may open."""
-    if event == "open" and isinstance(given[0], str) and given[0].endswith(UNSAFE):
-        if given[0].startswith(str(folder)):
+    if event == "open" and str(given[0]).endswith(UNSAFE) and "w" not in (given[1] or "r"):
+        if str(given[0]).startswith(str(folder)):
             (folder.parent / MARK).touch()
 
 
@@ -92,10 +95,42 @@ KINDS = {
 
 
 def enter(kind: str, name: str, work: Path):
-    """Try one input in this process."""
+    """Try one input in this process, and leave."""
+    from plumbing import grader
     from plumbing.signals import guarded
 
-    guarded(lambda: KINDS[kind][name][0](work))
+    os.environ["HOME"] = str(work)
+    grader.pool.start = lambda: None  # workers begin when an answer needs them
+    try:
+        guarded(lambda: KINDS[kind][name][0](work))
+    except SystemExit as stop:
+        os._exit(stop.code or 0)
+
+
+def forked(function, seconds: float = SECONDS) -> tuple[int | None, str]:
+    """(exit code, output) of a fork of this process, which has imported everything already."""
+    sys.stdout.flush()
+    with tempfile.TemporaryFile() as output:
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+            try:
+                function()
+            finally:
+                os._exit(99)
+        code, began = None, time.time()
+        while code is None and time.time() - began < seconds:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status) if done else None
+            time.sleep(0 if done else 0.02)
+        with contextlib.suppress(ProcessLookupError):  # what it has left, or all of it
+            os.killpg(pid, signal.SIGKILL)
+        if code is None:
+            os.waitpid(pid, 0)
+        output.seek(0)
+        return code, output.read().decode("utf-8", "replace")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,20 +192,18 @@ def try_one(kind: str, name: str, base: Path) -> tuple[str, list[str]]:
         work = Path(folder)
         shutil.copytree(base, work / "base")
         before = contents(work / "base")
-        command = [sys.executable, "-m", "bench.strangers", "--enter", kind, name, work]
-        code, output = run(command, {**ENVIRONMENT, **CALM, "HOME": str(work)})
+        code, output = forked(lambda: enter(kind, name, work))
         wrong = judge(kind, name, code, output, work, before)
         return "failed" if wrong else "refused" if code else "survived", wrong
 
 
 def check_inputs(kind: str, base: Path, only: str):
-    """Try all inputs of a kind, two at a time."""
+    """Try all inputs of a kind."""
     names = [name for name in KINDS[kind] if only in name]
-    began, before = time.time(), repository()
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda name: try_one(kind, name, base), names))
-    for name, (_, wrong) in zip(names, results):
-        for reason in wrong:
+    began, before, results = time.time(), repository(), []
+    for name in names:
+        results.append(try_one(kind, name, base))
+        for reason in results[-1][1]:
             row(False, kind, f"{name}: {reason}")
     row(repository() == before, kind, "the repository's files are as they were")
     counts = Counter(became for became, _ in results)
@@ -330,6 +363,10 @@ def main():
     parser.add_argument("--named", default="", help="of these, the inputs whose names hold this")
     parser.error = fail
     args = parser.parse_args()
+    os.environ.update(HERE)
+    os.chdir(ROOT)
+    for script in SCRIPTS:
+        importlib.import_module(script)
     with tempfile.TemporaryDirectory() as folder:
         make = "from pathlib import Path\nfrom bench.strangers_inputs import prepare\n"
         make += f"prepare(Path({folder!r}))"
@@ -348,7 +385,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--enter"]:
-        enter(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
-    else:
-        main()
+    main()

@@ -142,8 +142,9 @@ def code_of_others(folder: Path):
 
 
 def own_tokenizer(folder: Path):
+    before = (folder / "config.json").read_text()
     own_code(folder)
-    change(folder, "config.json", auto_map=None)
+    (folder / "config.json").write_text(before)
     drop(folder, "tokenizer.json")
 
 
@@ -168,9 +169,9 @@ def header(size: int, content: bytes = b"{}") -> Callable:
     return spoil
 
 
-EVERYTHING = pickles, own_code, adapter, template(
-    "{{ ''.__class__.__mro__ }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-)
+EVERYTHING = pickles, own_code, adapter, odd_tensor, template(
+    "{{ '{0.__class__}'.format(messages) }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)  # fmt: skip
 SUBCLASSES = (
     "{% for c in ''.__class__.__mro__[1].__subclasses__() %}{{ c('CMD', shell=True) }}{% endfor %}"
 )
@@ -194,10 +195,12 @@ MODELS: dict[str, tuple[Callable, str]] = {
     "code for a kind of its own": (own_kind, "refused"),
     "code of another repository": (code_of_others, "runs"),
     "a tokenizer of its own": (own_tokenizer, "refused"),
-    "a kernel for attention": (settings(_attn_implementation="evil/kernel:run"), "runs"),
+    "a kernel for attention": (settings(_attn_implementation="evil/kernel:run"), "refused"),
+    "a kernel for experts": (settings(experts_implementation="evil/kernel:run"), "refused"),
     "a kernel in the text part": (
-        settings(text_config={"_attn_implementation": "evil/kernel"}), "either"
+        settings(text_config={"_attn_implementation": "evil/kernel"}), "refused"
     ),
+    "a text part of no kind": (settings(text_config={"hidden_size": 8}), "refused"),
     "quantised by a package": (settings(quantization_config={"quant_method": "gptq"}), "refused"),
     # chat templates
     "subclasses": (template(SUBCLASSES), "refused"),
@@ -221,7 +224,7 @@ MODELS: dict[str, tuple[Callable, str]] = {
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         ), "refused"
     ),
-    "takes all memory": (template("{{ 'x' * 9999999999 }}"), "refused"),
+    "takes all memory": (template("{{ 'x' * 3999999999 }}"), "refused"),
     "calls itself": (template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "refused"),
     # files that are none
     "config is a pipe": (in_place_of("config.json", os.mkfifo), "refused"),

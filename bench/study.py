@@ -60,6 +60,7 @@ class Task:
     cot_tokens: float  # and of a CoT
     plain_steps: int
     small: int  # completions per question that take as many tokens as a tree of 4x3
+    lr: str = "1e-4"
 
     @property
     def folder(self) -> Path:
@@ -218,7 +219,7 @@ def train(task: Task, row: str, seed: int, out: Path, steps: int = 0) -> float:
     began = time.time()
     call(
         f"grpo.py --model {start} --data {task.folder}/data/train.jsonl --out {out} --overwrite "
-        f"--steps {steps or steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr 1e-4 "
+        f"--steps {steps or steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr {task.lr} "
         f"--warmup_steps 5 --save_every 0 --eval_every 0 --show_every 0 {task.limits} "
         f"--tokens_per_micro_batch 4000 --activation_checkpointing false {flags_of(task, row)}",
         out.with_suffix(".log"),

@@ -70,6 +70,7 @@ WALK = study.Task(
     cot_tokens=30.3,
     plain_steps=60,
     small=9,
+    lr="3e-4",
 )
 
 

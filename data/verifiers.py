@@ -224,6 +224,8 @@ def refusals(records: list[dict]) -> list[str | None]:
         name = verifier_of(record)
         if not isinstance(name, str):
             reasons[i] = f"its verifier is {name!r}, not a name"
+        elif "world" in record and "verifier" in record:
+            reasons[i] = "it names a world and a verifier: leave one of them out"
         elif name == DEFAULT:
             reason = checked[record["answer"]]
             reasons[i] = reason and f"{record['answer'][:60]!r} {reason}"

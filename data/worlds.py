@@ -28,7 +28,7 @@ from plumbing.ranks import fail, require
 class Episode(str):
     """The final answer of a completion that acted, with its `actions`."""
 
-    actions: list[str]
+    actions: list[str] = []
 
 
 def episode(record: dict, text: str, answer: str | None) -> str | None:
@@ -40,15 +40,20 @@ def episode(record: dict, text: str, answer: str | None) -> str | None:
     return whole
 
 
-def play(record: dict, actions: list[str], answer: str | None, salt: str) -> tuple[str, bool]:
-    """What the record's world returns. Raises SystemExit where that is not of the right form."""
-    function = load(record["world"])
-    name = f"the world {record['world']}"
-    require(callable(function), f"{name} cannot be used: {function}")
+def run(name: str, function: Callable, *arguments):
+    """What a function of the user's own returns. Raises SystemExit where it raises anything."""
     try:
-        result = function(record, list(actions), answer, salt)
+        return function(*arguments)
     except Exception as error:  # of any kind: it is the user's code
         fail(f"{name} raised {said(error)}; mend it")
+
+
+def play(record: dict, actions: list[str], answer: str | None, salt: str) -> tuple[str, bool]:
+    """What the record's world returns. Raises SystemExit where that is not of the right form."""
+    name = f"the world {record['world']}"
+    function = load(record["world"])
+    require(callable(function), f"{name} cannot be used: {function}")
+    result = run(name, function, record, list(actions), answer, salt)
     fit = isinstance(result, tuple) and [*map(type, result)] == [str, bool]
     require(fit, f"{name} returned {result!r:.80}; return what it says (str) and a verdict (bool)")
     return result
@@ -61,7 +66,7 @@ def say(record: dict, actions: list[str], salt: str) -> str:
 
 def judge(record: dict, answer: str | None, salt: str) -> bool:
     """Whether an Episode has succeeded in the world of its salt."""
-    return answer is not None and play(record, answer.actions, answer, salt)[1]
+    return answer is not None and play(record, getattr(answer, "actions", []), answer, salt)[1]
 
 
 def check(record: dict) -> str | None:
@@ -76,11 +81,12 @@ def check(record: dict) -> str | None:
 
 def planned(record: dict, plan: str) -> Episode | None:
     """The episode that carries out a plan, and ends with the gold. None where nobody can tell."""
-    function = load(f"{record['world'].rpartition(':')[0]}:planned")
+    name = f"{record['world'].rpartition(':')[0]}:planned"
+    function = load(name)
     if not callable(function):
         return None
     whole = Episode(record["answer"])
-    whole.actions = list(function(record, plan))
+    whole.actions = list(run(name, function, record, plan))
     return whole
 
 
@@ -95,15 +101,17 @@ def replies(
     config,
     stop_ids: list[int],
     salt_of: Callable[[int], str] = lambda number: f" {number}",
+    starts: list[list[int]] | None = None,
 ) -> Replies | None:
     """What grpo.decode asks for replies; None where no record has tools.
 
-    `salt_of`: the salt of each completion's number. Raises SystemExit with --tp, whose ranks would
-    have to agree on replies.
+    `salt_of`: the salt of each completion's number; `starts`: token ids that each question's
+    completions are given to begin with. Raises SystemExit with --tp, whose ranks would have to
+    agree on replies.
     """
     if not any(tools_of(question, config.tools) for question in questions):
         return None
     single = getattr(config, "tp", 1) == 1
     require(single, "--tp samples without tools and worlds: leave --tp out, or the tools")
-    each = config.plans * config.cots
-    return Replies(tokenizer, questions, each, config.tools, stop_ids, salt_of, say)
+    starts, each = starts or [[]] * len(questions), config.plans * config.cots
+    return Replies(tokenizer, questions, starts, each, config.tools, stop_ids, salt_of, say)

@@ -177,24 +177,24 @@ def said_by_python(programs: list[str]) -> list[str]:
 class Replies:
     """What grpo.decode asks after each token: it queues replies as `forced` tokens of rollouts.
 
-    `questions`: records with `each` completions; one with `given` token ids begins all of its
-    completions with them. `salt_of`: the salt of the completion of that number;
-    `act(record, actions, salt)`: what a record's world says.
+    `questions`: records, each with `each` completions, which begin with the token ids `starts`.
+    `salt_of`: the salt of the completion of that number; `act(record, actions, salt)`: what a
+    record's world says.
     """
 
     def __init__(
-        self, tokenizer, questions: list[dict], each: int, tools: tuple, stop_ids: list[int],
-        salt_of: Callable[[int], str], act: Callable,
+        self, tokenizer, questions: list[dict], starts: list[list[int]], each: int, tools: tuple,
+        stop_ids: list[int], salt_of: Callable[[int], str], act: Callable,
     ):
         self.tokenizer, self.tools, self.stop_ids = tokenizer, tools, tuple(stop_ids)
-        self.questions, self.each = questions, each
+        self.questions, self.starts, self.each = questions, starts, each
         self.salt_of, self.act, self.may_close = salt_of, act, call_marks(tokenizer)
         self.given: dict[int, list[int]] = {}  # places of replies by a completion's number
 
     def begun(self, number: int) -> tuple[dict, list[int]]:
         """The record of a completion, and the token ids that it was given to begin with."""
-        record = self.questions[number // self.each]
-        return record, record.get("given", [])
+        place = number // self.each
+        return self.questions[place], self.starts[place]
 
     def places(self, number: int) -> list[int]:
         """Where a completion holds replies, counted from its beginning."""

@@ -21,8 +21,10 @@ import torch.distributed as dist
 from plumbing.ranks import barrier, fail, print0, rank, require
 
 SLOW_BILLIONS = 1.0  # parameters from which on a CPU is no place for a model
+NO_PICKLES = "pickles, such as pytorch_model.bin, are never loaded"
 INDEX = "model.safetensors.index.json"
 MOST_LAYERS = 2000
+SIZES = "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size"
 TEMPLATE_LIMITS = 20.0, 2 << 30  # seconds and bytes that a chat template may take for one prompt
 
 # --------------------------------------------------------------------------------------------------
@@ -83,9 +85,6 @@ def of_usable_weights(load):
     return run
 
 
-NO_PICKLES = "pickles, such as pytorch_model.bin, are never loaded"
-
-
 @contextlib.contextmanager
 def without_pickles():
     """Inside, torch.load refuses: a model's list of files may name pickles among the others."""
@@ -102,7 +101,7 @@ def without_pickles():
 
 
 def check_folder(path: str):
-    """Refuse a model's folder that could not be read to an end, or that leads out of itself."""
+    """Refuse a model's folder that leads out of itself, or that cannot be read to an end."""
     folder = Path(path)
     if not folder.is_dir():
         return
@@ -111,13 +110,50 @@ def check_folder(path: str):
             file.is_file() or file.is_dir() or not file.exists(),
             f"{file} is neither a file nor a folder: copy the model's files there again",
         )
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        for name in set(json.loads((folder / INDEX).read_text())["weight_map"].values()):
-            require(
-                Path(name).name == name and name.endswith(".safetensors"),
-                f"{folder / INDEX} names {name!r:.80}, which is no safetensors file of this "
-                "folder: copy the model's files there again",
-            )
+    files = read_object(folder / INDEX).get("weight_map")
+    for name in files.values() if isinstance(files, dict) else ():
+        require(
+            isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors"),
+            f"{folder / INDEX} names {name!r:.80}, which is no safetensors file of this folder: "
+            "copy the model's files there again",
+        )
+    settings = read_object(folder / "config.json")
+    for part in (settings, settings.get("text_config")):
+        if isinstance(part, dict):
+            check_settings(path, part)
+
+
+def read_object(file: Path) -> dict:
+    """The object in a JSON file; {} where there is none that can be read."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def check_settings(path: str, settings: dict):
+    """Refuse a config.json by what transformers would make of it as soon as it reads it."""
+    sizes = {name: settings[name] for name in SIZES if isinstance(settings.get(name), int)}
+    odd = [f"{name} {size}" for name, size in sizes.items() if size < 1]
+    if sizes.get(SIZES[0], 1) > MOST_LAYERS:  # transformers would list them all
+        odd.append(f"{SIZES[0]} {sizes[SIZES[0]]}")
+    require(not odd, f"{path} cannot have {', '.join(odd):.80}: copy its own config.json there")
+    file = settings.get("transformers_weights") or ".safetensors"
+    require(
+        str(file).endswith((".safetensors", ".safetensors.index.json")),
+        f"{path} names {file!r:.80} for its weights, which is no safetensors file: {NO_PICKLES}",
+    )
+    kernels = [f"{value}" for name, value in settings.items() if "implementation" in name]
+    require(
+        not any("/" in kernel for kernel in kernels),
+        f"{path} names a kernel on the hub, and code that comes with a model is never run here: "
+        f"take {', '.join(kernels):.80} out of its config.json, or choose another model",
+    )
+    require(
+        not settings.get("quantization_config"),
+        f"{path} is quantised, which cannot be trained here: choose the same model in plain form",
+    )
 
 
 @contextlib.contextmanager
@@ -132,9 +168,10 @@ def bounded(seconds: float, size: int):
 
     main, statm = threading.current_thread() is threading.main_thread(), Path("/proc/self/statm")
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if statm.exists() and limit == resource.RLIM_INFINITY:
-        taken = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + size, hard))
+    if statm.exists():
+        most = int(statm.read_text().split()[0]) * resource.getpagesize() + size
+        most = most if limit == resource.RLIM_INFINITY else min(most, limit)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     if main:
         before = signal.signal(signal.SIGALRM, too_long)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -197,13 +234,15 @@ def load_config(path: str):
             f"{path} brings Python code, which is not run: transformers' own {config.model_type} "
             "is used"
         )
-    text, kind = config.get_text_config(), getattr(config, "quantization_config", None)
-    require(not kind, f"{path} is quantised, which cannot be trained here: choose its plain form")
-    layers = getattr(text, "num_hidden_layers", 1)
+    text = config.get_text_config()
     require(
-        isinstance(layers, int) and 0 < layers <= MOST_LAYERS,
-        f"{path} says that it has {layers!r:.40} layers: copy the model's own config.json there",
+        hasattr(text, "to_dict"),
+        f"{path} has a text_config that its kind of model does not have: copy the model's own "
+        "config.json there",
     )
+    for part in (config, text):  # of the hub's models, nothing has been looked at before
+        kernel = getattr(part, "_attn_implementation", None)
+        check_settings(path, {**vars(part), "implementation": kernel})
     require(
         not getattr(text, "attn_logit_softcapping", None),
         f"{path} caps its attention scores (Gemma 2), which plumbing/attention.py does not do; "
@@ -239,13 +278,12 @@ def why_no_config(path: str, error: Exception) -> str:
             f"the folder {path} holds no config.json, so no model: copy the model's files there, "
             "or give the folder that holds them"
         )
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a hub id, no JSON, no object
-        kind = json.loads(file.read_text()).get("model_type")
-        if kind and kind not in CONFIG_MAPPING:
-            return (
-                f"{file} names the model_type {kind!r}, which this transformers does not know: "
-                "install a version that does, or choose another model"
-            )
+    kind = read_object(file).get("model_type")
+    if kind and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+        return (
+            f"{file} names the model_type {kind!r:.80}, which this transformers does not know: "
+            "install a version that does, or choose another model"
+        )
     return f"{file} cannot be used ({in_short(error)}); copy the model's own there again"
 
 

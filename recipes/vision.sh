@@ -4,18 +4,21 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 DATA=${DATA:-mmk12}
 NAME=qwen2.5_vl_7b ID=Qwen/Qwen2.5-VL-7B-Instruct
 # One evaluation each: the mean over its names is the figure of the table. MMK12 has one per subject.
-SETS=(
-    "mmmu" "mmmu_pro mmmu_pro_vision" "emma_math emma_physics emma_chemistry emma_coding"
-    "mmk12_physics mmk12_chemistry mmk12_biology mmk12_math"
+declare -A SETS=(
+    [mmmu]="mmmu"
+    [mmmu_pro]="mmmu_pro mmmu_pro_vision"
+    [emma]="emma_math emma_physics emma_chemistry emma_coding"
+    [mmk12]="mmk12_physics mmk12_chemistry mmk12_biology mmk12_math"
 )
-BENCHMARKS="${SETS[*]}"  # of which training data may hold nothing
+ROWS="mmmu mmmu_pro emma mmk12"
+BENCHMARKS=$(for set in $ROWS; do echo ${SETS[$set]}; done)  # no training data from these
 PIXELS=(--max_pixels 401408)  # 512 tokens per picture
 
 # evaluate_vision MODEL OUT FLAGS: greedily, as SRPO does, with up to seven pictures per question
 evaluate_vision() {
     local set
-    for set in "${SETS[@]}"; do
-        launch eval.py --model "$1" --data $set --out "$2/${set%%_*}" --resume --n 1 \
+    for set in $ROWS; do
+        launch eval.py --model "$1" --data ${SETS[$set]} --out "$2/$set" --resume --n 1 \
             --temperature 0 --top_p 1 --max_prompt_tokens 6144 --max_completion_tokens 4096 \
             "${PIXELS[@]}" "${@:3}"
     done

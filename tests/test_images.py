@@ -201,7 +201,9 @@ def test_two_ranks_one_without_pictures_equal_one_process(case):
     """The tower is whole on both, and a rank without a picture calls none of it."""
     from images_worker import figures
 
-    save_model(case)
+    if case.model.config.model_type != FAMILIES[0]:
+        pytest.skip("one family is enough: features wait in the same table for both")
+    case.plain.save_pretrained(case.folder / "model")
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = "-m torch.distributed.run --standalone --nproc_per_node=2 tests/images_worker.py"
@@ -215,11 +217,6 @@ def test_two_ranks_one_without_pictures_equal_one_process(case):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     assert double["weights"] == pytest.approx(single["weights"], rel=1e-6)
     assert double["tokens"] == single["tokens"]
-
-
-def save_model(case):
-    case.plain.save_pretrained(case.folder / "model")
-    make_processor().save_pretrained(case.folder / "model")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,6 +19,15 @@ def test_the_configs_have_the_published_numbers_of_parameters(name, billions):
     assert parts["parameters"] / 1e9 == pytest.approx(billions, rel=0.005)
 
 
+def test_a_vision_tower_is_whole_on_every_gpu():
+    """Qwen2.5-VL-7B has 8.29 B parameters in all, 0.68 B of them in tower and projector."""
+    parts = estimate(load_config(str(ROOT / "recipes/shapes/qwen2.5_vl_7b")), **SETTINGS)
+    assert parts["parameters"] / 1e9 == pytest.approx(7.616, rel=1e-3)  # as Qwen2.5-7B
+    assert (parts["parameters"] + parts["vision tower"] / 4) / 1e9 == pytest.approx(8.292, rel=1e-3)
+    text = estimate(load_config(str(ROOT / "recipes/shapes/qwen2.5_7b")), **SETTINGS)
+    assert parts["peak"] - text["peak"] == pytest.approx(parts["vision tower"], rel=0.01)
+
+
 def test_parts_by_hand():
     config = load_config(str(ROOT / "recipes/shapes/qwen2.5_7b"))
     parts = estimate(config, **SETTINGS)

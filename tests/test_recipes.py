@@ -14,6 +14,7 @@ import pytest
 import grpo
 import sft
 from conftest import ROOT
+from data.vision import ENTRIES
 from plumbing.flags import parse_config
 from recipes import demo_tools
 
@@ -118,7 +119,25 @@ def test_what_is_evaluated_is_what_was_trained(commands, tmp_path, flags):
     assert not printed and "--out wants a folder" in said
 
 
-@pytest.mark.parametrize("script", ["demo.sh", "toy_base.sh"])
+@pytest.mark.parametrize("method", ["grpo", "pta_grpo"])
+def test_table_5(commands, tmp_path, method):
+    """Four evaluations, as the figure of each is a mean over its names."""
+    script, run = f"qwen2.5_vl_7b_{method}.sh", f"TMP/runs/qwen2.5_vl_7b_{method}"
+    assert "run recipes/qwen2.5_vl_7b_cold_start.sh" in commands(script)[1]
+    (tmp_path / "runs/qwen2.5_vl_7b_sft/model").mkdir(parents=True)
+    prepare, train, *evaluations = commands(script, "--lr", "2e-6")[0]
+    assert prepare.startswith("python -m data.sources mmk12 --out TMP/runs/data/mmk12.jsonl ")
+    names = re.search("--decontaminate (.*)", prepare)[1].split()
+    assert set(names) == {name for name, entry in ENTRIES.items() if entry.get("benchmark")}
+    start = f"{LAUNCH} grpo.py --model TMP/runs/qwen2.5_vl_7b_sft/model --data "
+    assert train.startswith(f"{start}TMP/runs/data/mmk12.jsonl --out {run} ")
+    assert train.endswith(f" --max_pixels 401408 {METHODS[method]} --lr 2e-6")
+    sets = [re.search(rf"--data (.*) --out {run}/eval/(\w+) --resume", e) for e in evaluations]
+    assert [match[2] for match in sets] == ["mmmu", "mmmu_pro", "emma", "mmk12"]
+    assert [name for match in sets for name in match[1].split()] == names
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "demo_images.sh", "toy_base.sh"])
 def test_scripts_without_flags_refuse_them(commands, script):
     printed, said = commands(script, "--out", "/there/x")
     assert not printed and said.count("\n") == 1 and "takes no flags" in said and "set RUN" in said

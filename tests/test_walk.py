@@ -130,6 +130,7 @@ def test_a_world_that_cannot_be_used_is_named(tmp_path):
     name = lambda function: [{"problem": "p", "answer": "a", "world": f"{file}:{function}"}]
     assert "has no function nothing" in refusals(name("nothing"))[0]
     assert "not file.py:function" in refusals([{"problem": "p", "answer": "a", "world": "walk"}])[0]
+    assert "leave one of them out" in refusals([{**RECORD, "verifier": "math"}])[0]
     with pytest.raises(SystemExit, match=r"returned 'said'; return what it says"):
         refusals(name("plain"))
     with pytest.raises(SystemExit, match=r"ZeroDivisionError in bad.py, line 4"):
