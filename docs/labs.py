@@ -30,18 +30,20 @@ def blocks(text: str) -> tuple[str, str, dict[str, str]]:
 
 
 def run(text: str) -> dict:
-    """Run every lab, one after the other. Returns name -> metric -> its values by step."""
+    """Run every lab, one after the other. Returns its metrics: see `collect`."""
     start, function, labs = blocks(text)
     shell = lambda script: subprocess.run(["bash", "-ec", script], check=True)
     if not (RUNS / "sft/model/model.safetensors").exists():
         shell(start)
-    found = {}
-    for name, command in labs.items():
+    for command in labs.values():
         shell(function + command)
-        steps = load_jsonl(RUNS / name / "metrics.jsonl")
-        values = {m: [float(f"{s.get(m, 'nan'):.4g}") for s in steps if m in s] for m in METRICS}
-        found[name] = {metric: row for metric, row in values.items() if row}
-    return found
+    return {name: collect(RUNS / name) for name in labs}
+
+
+def collect(folder: Path) -> dict[str, list]:
+    """metric -> its values by step; None where a step has none."""
+    steps = load_jsonl(folder / "metrics.jsonl")
+    return {m: [float(f"{s[m]:.4g}") if m in s else None for s in steps] for m in METRICS}
 
 
 def shown(value: float) -> str:
@@ -50,18 +52,17 @@ def shown(value: float) -> str:
 
 def table(found: dict, name: str) -> str:
     """Means over the first and the last steps, of the lab and of the run without its change."""
-    of = lambda run, metric: found[run].get(metric, [])
-    steps = len(of("base", METRICS[0]))
+    steps = len(found["base"][METRICS[0]])
     first, last = f"steps 1 to {ENDS}", f"steps {steps - ENDS + 1} to {steps}"
     labels = [f"base, {first}", f"base, {last}"]
     labels += [f"{name}, {first}", f"{name}, {last}"] if name != "base" else []
     lines = [f"| metric | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|"]
     for metric in METRICS:
-        runs = ["base", name][:len(labels) // 2]
-        ends = [part for r in runs for part in (of(r, metric)[:ENDS], of(r, metric)[-ENDS:])]
-        if any(ends):
-            cells = [shown(sum(part) / len(part)) if part else "–" for part in ends]
-            lines.append(f"| `{metric}` | {' | '.join(cells)} |")
+        rows = [found[run][metric] for run in ("base", name)[:len(labels) // 2]]
+        ends = [part for row in rows for part in (row[:ENDS], row[-ENDS:])]
+        ends = [[value for value in part if value is not None] for part in ends]
+        cells = [shown(sum(part) / len(part)) if part else "–" for part in ends]
+        lines.append(f"| `{metric}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

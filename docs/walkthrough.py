@@ -45,12 +45,11 @@ def choose(records: list[dict]) -> dict:
     return max(records, key=telling)
 
 
-def all_logprobs(path: str, tokenizer, problem: str, texts: list[str]) -> list[list[float]]:
-    """Logprobs of each completion's tokens, end token included, by a saved model."""
-    model, prompt = load_model(path, torch.device("cpu")), encode_prompt(tokenizer, problem)
-    found = []
-    for text in texts:
-        ids = torch.tensor([[*prompt, *tokenizer.encode(text), tokenizer.eos_token_id]])
+def all_logprobs(path: str, prompt: list[int], rows: list[list[int]]) -> list[list[float]]:
+    """Logprobs of each completion's token ids, by a saved model."""
+    model, found = load_model(path, torch.device("cpu")), []
+    for completion in rows:
+        ids = torch.tensor([prompt + completion])
         with torch.no_grad():
             row = token_logprobs(model, ids, torch.ones_like(ids).bool())[0, len(prompt) - 1:]
         found.append([round(x, 5) for x in row.tolist()])
@@ -67,17 +66,15 @@ def keep(before: Path, after: Path) -> dict:
     whole = [record for record in records if not any(c["truncated"] for c in of(record))]
     record = choose(whole or records)
     completions = of(record)
-    tokenizer, texts = load_tokenizer(str(after / "model")), [c["text"] for c in completions]
+    tokenizer = load_tokenizer(str(after / "model"))
+    prompt, end = encode_prompt(tokenizer, record["problem"]), [tokenizer.eos_token_id]
+    rows = [tokenizer.encode(c["text"]) + end * (not c["truncated"]) for c in completions]
     models = {"reference": config["model"], "before": before / "model", "after": after / "model"}
-    logprobs = {
-        name: all_logprobs(str(path), tokenizer, record["problem"], texts)
-        for name, path in models.items()
-    }
+    logprobs = {name: all_logprobs(str(path), prompt, rows) for name, path in models.items()}
     for c, sampled in zip(completions, logprobs["before"]):
         logged = c.pop("per_token")["surprise"]  # in hundredths
         off = max(abs(-x - y / 100) for x, y in zip(sampled, logged, strict=True))
         require(off < 0.006, f"{before} did not sample in {after}: off by {off:.3f}")
-    words = [tokenizer.batch_decode([[i] for i in tokenizer.encode(text)]) for text in texts]
     names = "plans cots beta tau alpha structure correct_only std_norm std_of credit loss_agg"
     names += " clip_low clip_high kl_coef kl_ratio epochs mini_batches lr questions"
     return {
@@ -86,7 +83,7 @@ def keep(before: Path, after: Path) -> dict:
         "record": record,
         "tokens": sum(c["tokens"] for c in everything),
         "pull": round(sum(c["tokens"] * abs(c["advantage"]) for c in everything), 2),
-        "words": [[*row, "(end)"] for row in words],
+        "words": [tokenizer.batch_decode([[i] for i in ids]) for ids in rows],
         "logprobs": logprobs,
     }
 
@@ -274,64 +271,72 @@ def icc_part(s: Step) -> list[str]:
     ]
 
 
-def token_part(s: Step) -> list[str]:
-    """The least expected token of the completion with the highest advantage."""
-    c, best = s.config, int(s.a.argmax())
-    logprobs = {name: torch.tensor(rows[best]) for name, rows in s.data["logprobs"].items()}
-    before, after, ref = (logprobs[name] for name in ("before", "after", "reference"))
-    t, a, tokens = int(before.argmin()), float(s.a[best]), s.data["tokens"]
-    words = s.data["words"][best]
-    mask = torch.ones(1, len(before), dtype=torch.bool)
-    clip = c.clip_low, c.clip_high
-    first = before.clone().requires_grad_()
-    losses, _ = policy_loss(first[None], before[None], torch.tensor([a]), mask, *clip)
-    weights = token_weights(mask, c.loss_agg, tokens, 1, 1)[0]
-    loss = losses[0] * weights
+def token_figures(s: Step, best: int) -> dict:
+    """The least expected token of completion `best`: its place, and what the loss makes of it."""
+    c, a, tokens = s.config, float(s.a[best]), s.data["tokens"]
     require(c.loss_agg == "token" and c.epochs * c.mini_batches == 1, "the text is for one update")
-    pull = torch.autograd.grad(loss.sum(), first)[0]
-    agree(float(pull[t]), -a / tokens, "the token's gradient", 1e-7)
-    k3 = float(kl_k3(before, ref, before)[t])
-    ratio = float((after - before)[t].exp())
-    again, clipped = policy_loss(after[None], before[None], torch.tensor([a]), mask, *clip)
-    agree(float(again[0, t]), -min(ratio * a, min(max(ratio, 1 - clip[0]), 1 + clip[1]) * a),
-          "the clipped loss", 1e-4)
-    outside = ratio > 1 + clip[1]
-    fate = (
-        f"above {1 + clip[1]:g}: it would be cut off" if outside
-        else f"below {1 + clip[1]:g}: it would still count"
-    )
-    moved = float((after - before).exp().sub(1).abs().mean())
+    names = ("before", "after", "reference")
+    before, after, ref = (torch.tensor(s.data["logprobs"][name][best]) for name in names)
+    t, mask = int(before.argmin()), torch.ones(1, len(before), dtype=torch.bool)
+    weights = token_weights(mask, c.loss_agg, tokens, 1, 1)[0]
+
+    def loss_at(logprobs: torch.Tensor) -> torch.Tensor:
+        advantage, clip = torch.tensor([a]), (c.clip_low, c.clip_high)
+        return policy_loss(logprobs[None], before[None], advantage, mask, *clip)[0][0]
+
+    now = before.clone().requires_grad_()
+    loss = loss_at(now) * weights
+    gradient = float(torch.autograd.grad(loss.sum(), now)[0][t])
+    agree(gradient, -a / tokens, "the token's gradient", 1e-7)
+    ratios = (after - before).exp()
+    ratio = float(ratios[t])
+    clipped = min(max(ratio, 1 - c.clip_low), 1 + c.clip_high)
+    agree(float(loss_at(after)[t]), -min(ratio * a, clipped * a), "the clipped loss", 1e-4)
+    return {
+        "t": t, "a": a, "weight": float(weights[t]), "loss": float(loss.detach()[t]),
+        "gradient": gradient, "k3": float(kl_k3(before, ref, before)[t]), "ratio": ratio,
+        "before": float(before[t].exp()), "after": float(after[t].exp()),
+        "moved": float((ratios - 1).abs().mean()),
+    }
+
+
+def token_part(s: Step) -> list[str]:
+    """One token of the completion with the highest advantage."""
+    c, tokens, best = s.config, s.data["tokens"], int(s.a.argmax())
+    f, words, low, high = token_figures(s, best), s.data["words"][best], c.clip_low, c.clip_high
+    fate = "beyond the clip: it would be cut off" if f["ratio"] > 1 + high else "within the clip"
+    share = f"{f['a']:.2f} / {s.data['pull']:,.0f} = {100 * f['a'] / s.data['pull']:.3f} %"
+    kl = f"{c.kl_coef * f['k3'] * f['weight']:.1e}, with k3 = {f['k3']:.5f}"
     return [
         "",
         "## 6. One token in the loss (Eq. 9)",
         "",
         f"Take the token of {s.label(best)} that the policy expected least. It had written",
         "",
-        f"    … {' '.join(words[max(0, t - 12):t])} [{words[t]}]",
+        f"    … {' '.join(words[max(0, f['t'] - 12):f['t']])} [{words[f['t']]}]",
         "",
-        f"and `{words[t]}` had the probability {float(before[t].exp()):.3f}.",
+        f"and `{words[f['t']]}` had the probability {f['before']:.3f}.",
         "",
         *table("", "", ""),
         row("ratio", "ρ = π / π_old", "**1**: the policy has not moved since it sampled"),
-        row("clip", f"ρ in {1 - clip[0]:g} to {1 + clip[1]:g}", "not reached"),
-        row("weight", "1 / tokens of the step", f"1 / {tokens:,} = {1 / tokens:.2e}"),
-        row("loss", "-ρ A · weight", f"{float(loss[t].detach()):.2e}"),
-        row("gradient by its logprob", "-ρ A · weight", f"{float(pull[t]):.2e}"),
-        row("KL term", f"{c.kl_coef:g} · ρ k3 · weight",
-            f"{c.kl_coef * k3 * float(weights[t]):.1e}, with k3 = {k3:.5f}"),
-        row("share of the step", "size of A / sum of these over all tokens",
-            f"{a:.2f} / {s.data['pull']:,.0f} = {100 * a / s.data['pull']:.3f} %"),
+        row("clip", f"ρ in {1 - low:g} to {1 + high:g}", "not reached"),
+        row("weight", "1 / tokens of the step", f"1 / {tokens:,} = {f['weight']:.2e}"),
+        row("loss", "-ρ A · weight", f"{f['loss']:.2e}"),
+        row("its gradient by the logprob", "-ρ A · weight", f"{f['gradient']:.2e}"),
+        row("KL term", f"{c.kl_coef:g} · ρ k3 · weight", kl),
+        row("share of the step", "size of A / sum of these over all tokens", share),
         "",
         "![Loss against ratio for both signs of the advantage, with the clip](loss_ratio.svg)",
         "",
-        "The loss is the gradient's number here, since ρ = 1. But it has no meaning of its own: "
-        "summed over a group the advantages cancel, and the loss is near 0. Its gradient is not.",
+        "The loss is its own gradient here, since ρ = 1. As a number it says little: the advantages "
+        "of a group add up to 0, and only their different lengths leave something. For the whole "
+        f"step the run logged {s.data['metrics']['loss']:.3f}. The gradient does not cancel: each "
+        "token pulls in a direction of its own.",
         "",
-        f"After the step, the same token had the probability {float(after[t].exp()):.3f}. That is "
-        f"{ratio:.3f} times as much. With `--epochs 2`, this would be its ratio in the second "
-        f"pass, {fate}. On average the ratios of this completion's tokens are now "
-        f"{moved:.3f} away from 1. The other {s.config.questions * s.m * s.z - 1} completions "
-        "pulled on the same weights.",
+        f"After the step, the same token had the probability {f['after']:.3f}: {f['ratio']:.3f} "
+        "times as much. With `--epochs 2`, this would be its ratio in the second pass, "
+        f"{fate}. The ratios of this completion's tokens are now {f['moved']:.3f} away from 1 on "
+        f"average. The other {c.questions * s.m * s.z - 1} completions pulled on the same weights.",
     ]
 
 

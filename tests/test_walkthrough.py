@@ -78,14 +78,16 @@ def test_the_labs_tables_are_those_of_their_runs():
 
 
 def test_a_labs_table_by_hand(monkeypatch):
-    """Means of the first and last three of five steps."""
+    """Means of the first and last three of five steps, of which some have no figure."""
     monkeypatch.setattr(labs, "ENDS", 3)
-    found = {"base": {"accuracy": [0.0, 0.3, 0.6, 0.6, 0.9]}, "x": {"accuracy": [1.0] * 5}}
-    found["x"]["kl"] = [0.0, 0.0, 0.0, 0.0, 600.0]
-    lines = labs.table(found, "x").splitlines()
-    assert lines[0] == "| metric | base, steps 1 to 3 | base, steps 3 to 5 | x, steps 1 to 3 | " \
-        "x, steps 3 to 5 |"
-    assert lines[2:] == ["| `accuracy` | 0.3 | 0.7 | 1 | 1 |", "| `kl` | – | – | 0 | 200 |"]
+    monkeypatch.setattr(labs, "METRICS", ["accuracy", "kl"])
+    none = [None] * 5
+    found = {"base": {"accuracy": [0.0, 0.3, 0.6, 0.6, 0.9], "kl": none}}
+    found["x"] = {"accuracy": [1.0] * 5, "kl": [0.0, 0.0, None, 200.0, 600.0]}
+    head, _, *rows = labs.table(found, "x").splitlines()
+    places = "base, steps 1 to 3 | base, steps 3 to 5 | x, steps 1 to 3 | x, steps 3 to 5"
+    assert head == f"| metric | {places} |"
+    assert rows == ["| `accuracy` | 0.3 | 0.7 | 1 | 1 |", "| `kl` | – | – | 0 | 400 |"]
 
 
 # --------------------------------------------------------------------------------------------------
