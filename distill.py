@@ -20,6 +20,7 @@ Under torchrun every rank holds a local teacher and answers its share of each ba
 
 import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,13 +28,14 @@ from pathlib import Path
 
 import torch
 
-from data import doors, gym, moves, toy
+from data import code, doors, gym, moves, toy
 from data.pictures import relative
 from data.sources import load_records
-from data.verifiers import plan_leaks
+from data.verifiers import plan_leaks, verifier_of
 from grpo import sample
 from model_utils import completion_texts, find_stop_ids, load_model, load_tokenizer
 from plumbing.flags import parse_config
+from plumbing.folder import refuse_unusable
 from plumbing.ranks import (
     fail,
     gather0,
@@ -93,6 +95,8 @@ def plan_of(record: dict) -> str:
     """The plan behind the solution of an embedded task or of data/gym.py. ValueError for others."""
     if "quantities" in record:
         return gym.plan_of(record)
+    if "route" in record:  # data/walk.py
+        return doors.plan_of(record["problem"], record["route"])
     if record.get("verifier") == "doors":
         return doors.plan_of(record["problem"], record["solution"])
     if record.get("verifier") == "moves":
@@ -137,11 +141,20 @@ def ask_local(records: list[dict], config: Config) -> Answers:
 
 
 def ask_server(records: list[dict], config: Config) -> Answers:
-    """Up to --concurrency requests at a time. Raises SystemExit where no request can succeed."""
-    server = Server(config)
+    """Up to --concurrency requests at a time. Raises SystemExit where no request can succeed.
+
+    So it does where none of the first ones is answered: there may be no server.
+    """
+    server, asked, answered = Server(config), 0, 0
     ask = lambda record: server.ask(REQUEST.format(**record))
     for record, (text, reason) in as_finished(ask, records, config.concurrency):
         yield record, text, reason
+        asked, answered = asked + 1, answered + (not (reason or "").startswith(UNANSWERED))
+        require(
+            answered or asked < max(8, config.concurrency),
+            f"{config.teacher} has answered none of the first {asked} requests, the last one is "
+            f"{reason}: check the base URL and the server, then go on with --resume",
+        )
 
 
 def choose_teacher(config: Config) -> Callable[[list[dict], Config], Answers]:
@@ -166,23 +179,41 @@ def choose_teacher(config: Config) -> Callable[[list[dict], Config], Answers]:
 # --------------------------------------------------------------------------------------------------
 # Rejection
 
+# No tokenizer takes lone surrogates, and nobody means the control characters.
+UNREADABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+LONGEST_DROPPED = 10_000  # characters that are kept of a plan that is not
+
+
 def rejection(plan: str, record: dict, max_words: int) -> str | None:
     """Why the plan of a problem record is not kept, or None."""
     if not plan:
         return "empty"
-    if len(plan.split()) > max_words:
+    if len(plan.split()) > max_words or len(plan) > 20 * max_words:  # a flood without blanks
         return f"longer than {max_words} words"
+    if UNREADABLE.search(plan):
+        return "control characters in the plan"
     if TAG.search(plan):
         return "template tags in the plan"
     return "gives the answer away" if plan_leaks(record, plan) else None
 
 
 def all_answers(ask: Callable, records: list[dict], config: Config) -> Answers:
-    """The teacher's answers. A CoT with template tags is dropped unasked: SFT could not use it."""
-    tagged = [bool(TAG.search(record["solution"])) for record in records]
-    for record in (record for record, bad in zip(records, tagged) if bad):
-        yield record, None, "template tags in the CoT"
-    yield from ask([record for record, bad in zip(records, tagged) if not bad], config)
+    """The teacher's answers. A CoT that SFT could not use is dropped unasked.
+
+    A record of `code` gets the program of its CoT as its answer.
+    """
+    coded = [record for record in records if verifier_of(record) == "code"]
+    for record, parts in zip(coded, code.solved(coded)):
+        record["_think"], record["answer"] = parts or ("", "")
+    fine = []
+    for record in records:
+        if TAG.search(record["solution"]):
+            yield record, None, "template tags in the CoT"
+        elif not record["answer"]:
+            yield record, None, "no program in the CoT that passes the tests"
+        else:
+            fine.append(record)
+    yield from ask(fine, config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,6 +240,7 @@ def report(out: Path, counts: Counter, asked: int, before: int) -> int:
 def main():
     config = parse_config(Config)
     ask, out = choose_teacher(config), Path(config.out)
+    refuse_unusable(out)
     same = Path(config.data).resolve() == out.resolve()
     require(not same, f"--out is the --data file {out}; choose another --out")
     kept = Records(out, config)
@@ -231,13 +263,15 @@ def main():
                 if (reason or "").startswith(UNANSWERED):
                     continue  # --resume asks again
                 if reason is None:
-                    names = ("id", "problem", "answer", "verifier")
+                    names = ("id", "problem", "answer", "verifier", "world")
                     named = {name: record[name] for name in names if name in record}
                     if "images" in record:
                         named["images"] = relative(record["images"], out)
-                    kept.append({**named, "plan": plan, "think": record["solution"]})
+                    think = record.get("_think", record["solution"])
+                    kept.append({**named, "plan": plan, "think": think})
                 else:
-                    dropped.append({"id": record["id"], "reason": reason, "plan": plan})
+                    shown = plan[:LONGEST_DROPPED]
+                    dropped.append({"id": record["id"], "reason": reason, "plan": shown})
                 bar.update()
     finally:  # also after Ctrl-C, and when the server refuses everything
         left = report(out, counts, len(todo), before)

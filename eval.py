@@ -16,7 +16,6 @@ An interval includes the choice of problems: with 30 problems it stays wide, how
 
 import plumbing.threads  # noqa: F401 -- before torch, which reads what it sets
 
-import functools
 import hashlib
 import json
 import math
@@ -29,28 +28,32 @@ import numpy as np
 import torch
 
 from data.sources import load_gradable
-from data.verifiers import boxed, restated, same_answers, tally, verify
+from data.verifiers import plan_revision, reading, restated, same_answers, tally, verify
+from data.worlds import replies
 from grpo import sample, sample_tree
 from model_utils import (
     completion_texts,
-    encode_prompt,
+    encode_question,
     find_stop_ids,
     load_model,
     load_tokenizer,
     plan_marks,
 )
 from plumbing import folder
+from plumbing.calls import check_tools, own_ids
 from plumbing.checkpoint import digest
 from plumbing.flags import parse_config
 from plumbing.images import open_album, show
 from plumbing.intervals import accuracy_interval, paired_difference
+from plumbing.log import said_spans
 from plumbing.plans import analyse, analysis_text
 from plumbing.ranks import gather0, init_distributed, print0, progress, rank, require, world_size
 from plumbing.records import Records, load_jsonl
+from plumbing.revision import revision_figures, revision_text
 from plumbing.signals import guarded
 from plumbing.votes import label_votes, maj_at_n
 from plumbing.weights import check_context, load_config
-from rewards import TAG, extract_answer, parse_completion
+from rewards import TAG, parse_completion
 
 # How results are printed. The z in a format makes -0.0002 read 0.000, not -0.000.
 SUMMARY = """{model} on {name}: {n_problems} problems x {n_samples}
@@ -74,6 +77,7 @@ class Config:
     max_prompt_tokens: int = 1024  # problems with longer prompts are left out, and counted (>= 1)
     max_plan_tokens: int = 512  # a longer plan of the model's own gets no CoT; 0: no limit
     max_completion_tokens: int = 3584  # plan and CoT together (>= 1)
+    tools: tuple = ()  # calls that are answered in the think block: calculator, python
     plan: str = ""  # empty: the model's own; none; shuffled; a JSONL file of plans or eval records
     plan_from: str = ""  # with --plan shuffled: the JSONL file that the plans are taken from
     thinking: bool = True  # Qwen3: false renders its non-thinking prompt
@@ -89,6 +93,7 @@ class Config:
         """Refuse what cannot work. The default plan limit is cut to half the completion limit."""
         if self.max_plan_tokens == Config.max_plan_tokens:
             self.max_plan_tokens = min(self.max_plan_tokens, self.max_completion_tokens // 2)
+        check_tools(self.tools)
         files, shuffled = {Path(name).resolve() for name in self.data}, self.plan == "shuffled"
         require(len(files) == len(self.data), "--data names a benchmark twice: leave one out")
         require(not shuffled or self.plan_from, "--plan shuffled needs --plan_from FILE with plans")
@@ -112,13 +117,16 @@ class Config:
 # --------------------------------------------------------------------------------------------------
 # Sampling and grading
 
-def complete(model, tokenizer, problems: list[dict], config: Config, seed: int) -> tuple:
+def complete(
+    model, tokenizer, problems: list[dict], config: Config, seed: int, respond=None
+) -> tuple:
     """Token ids of n completions of each problem, problem-major, and the lengths of their plans.
 
     A given plan is part of its completion, and its length counts as 0, like that of a plan that
     never closed. The model's own plans are cut at --max_plan_tokens, as in training.
     """
     options = dict(stop_ids=find_stop_ids(model, tokenizer), top_p=config.top_p, seed=seed)
+    options["respond"] = respond
     if not config.plan:
         opened, closed = plan_marks(tokenizer)
         options |= dict(plan_opened=opened, plan_closed=closed)
@@ -133,6 +141,30 @@ def complete(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     return [plan + new for plan, new in zip(given, sampled)], [0] * len(given)
 
 
+def grade(tokenizer, each: list, ids: list, given: list, stop_ids: list, config: Config) -> list:
+    """The samples of eval records. `each`: their problems; `given`: places of replies in `ids`."""
+    texts, own = completion_texts(tokenizer, ids, stop_ids), list(map(own_ids, ids, given))
+    judged = completion_texts(tokenizer, own, stop_ids) if any(given) else texts
+    read = [reading(p, text, config.tools) for p, text in zip(each, judged)]
+    # Sample i of a problem meets the same world in every evaluation with this --seed.
+    salts = [f"{config.seed} {i % config.n}" for i in range(len(each))]
+    verdicts = verify(each, [answer for _, answer, _ in read], salts)
+    samples = []
+    for i, ((blocks, answer, forged), right) in enumerate(zip(read, verdicts)):
+        sample = {
+            "completion": texts[i], "answer": answer, "correct": right, "tokens": len(own[i]),
+            "well_formed": blocks is not None,
+            "truncated": ids[i][-1] not in stop_ids,
+            "restated": right and restated(each[i], answer),
+        }
+        if given[i] or forged:
+            said = said_spans(tokenizer, ids[i], given[i], texts[i])
+            sample |= {"said": said, "forged": forged}
+        revision = plan_revision(each[i], blocks, answer, salts[i])
+        samples.append(sample if revision is None else {**sample, "revision": revision})
+    return samples
+
+
 def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) -> list[dict]:
     """Eval records on rank 0: n graded samples of each problem, in order. A collective."""
     mine, n, stop_ids = problems[rank()::world_size()], config.n, find_stop_ids(model, tokenizer)
@@ -140,19 +172,11 @@ def evaluate(model, tokenizer, problems: list[dict], config: Config, seed: int) 
     if mine:  # the last problems may be fewer than the ranks
         each = [problem for problem in mine for _ in range(n)]  # the problem of each sample
         show(tokenizer, [p["prompt"] for p in mine], model)
-        ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank())
-        texts = completion_texts(tokenizer, ids, stop_ids)
-        answers = [extract_answer(text, boxed(p)) for p, text in zip(each, texts)]
-        # Sample i of a problem meets the same world in every evaluation with this --seed.
-        salts = [f"{config.seed} {i % n}" for i in range(len(each))]
-        verdicts = verify(each, answers, salts)
-        samples = [
-            {"completion": text, "answer": answer, "correct": right, "tokens": len(tokens),
-             "well_formed": parse_completion(text) is not None,
-             "truncated": tokens[-1] not in stop_ids,
-             "restated": right and restated(p, answer)}
-            for p, text, answer, right, tokens in zip(each, texts, answers, verdicts, ids)
-        ]
+        salt_of, starts = lambda i: f"{config.seed} {i % n}", [p.get("given", []) for p in mine]
+        respond = replies(tokenizer, mine, config, stop_ids, salt_of, starts)
+        ids, plan_tokens = complete(model, tokenizer, mine, config, seed + rank(), respond)
+        given = [respond.places(i) if respond else [] for i in range(len(ids))]
+        samples = grade(tokenizer, each, ids, given, stop_ids, config)
         same = lambda places, *pairs: same_answers([mine[i] for i in places], *pairs)
         label_votes([samples[i:i + n] for i in range(0, len(samples), n)], same)
         if config.analysis:  # plan-major: sample i has plan i // cots
@@ -188,6 +212,7 @@ def figures(groups: list[list[dict]]) -> dict:
     chances = {k: [np.mean([pass_at_k(n, c, k) for c in part]) for part in right] for k in powers}
     low, high = accuracy_interval([np.array(part) / n for part in right], n)
     return {
+        **revision_figures([s for part in samples for s in part]),
         "n_problems": sum(map(len, groups)), "n_samples": n, "ci_low": low, "ci_high": high,
         "accuracy": mean([[c / n for c in part] for part in right]),
         "maj_at_n": mean([[maj_at_n(r["samples"]) for r in group] for group in groups]),
@@ -220,6 +245,8 @@ def print_summary(config: Config, summary: dict):
     for name, part in {**summary.get("benchmarks", {}), whole: summary}.items():
         rates = "  ".join(f"pass@{k} {rate:.3f}" for k, rate in part["pass_at_k"].items())
         print0(SUMMARY.format(model=config.model, name=name, rates=rates, **part))
+        if "revisions" in part:
+            print0(revision_text(part))
     for name, part in summary.get("plans", {}).items():
         print0(analysis_text(name, part))
 
@@ -269,7 +296,7 @@ def compare_files(paths: tuple[str, ...], seed: int):
     for k in sorted(k for k in shared if old[k] != new[k]):
         warnings.append(f"--{k} is {old[k]!r} in the first run and {new[k]!r} in the second")
     for warning in warnings:
-        print0(f"warning: {warning}")
+        print0(f"warning: {warning}".replace("\n", "\\n"))  # ids and settings come from files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,7 +317,8 @@ def load_plans(path: str) -> dict[str, str]:
 
 def load_problems(config: Config, tokenizer) -> list[dict]:
     """Problems with token ids `prompt` and `given`, the start of each completion. Collective."""
-    problems, encode = [], functools.partial(encode_prompt, tokenizer)
+    problems = []
+    encode = lambda problem: encode_question(tokenizer, problem, config.tools)
     file = config.plan_from or config.plan
     plans = load_plans(file) if file not in ("", "none") else {}
     for name in config.data:
@@ -322,7 +350,7 @@ def weights_of(path: str) -> str:
     """The commit of a hub model, or a digest of the weights and settings in a folder."""
     if not Path(path).is_dir():
         return load_config(path)._commit_hash or ""
-    kinds = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt")
     files = [file for file in sorted(Path(path).iterdir()) if file.suffix in kinds]
     digests = [[f.name, *digest(f)] for f in files if not f.name.startswith("optimizer")]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

@@ -26,16 +26,16 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import torch
 
 from data.sources import draw, load_questions
-from data.verifiers import boxed, plan_leaks, tally, verify
+from data.verifiers import plan_leaks, plan_revision, reading, tally, verify
+from data.worlds import replies
 from model_utils import (
     completion_texts,
-    encode_prompt,
+    encode_question,
     find_stop_ids,
     load_sharded,
     load_tokenizer,
@@ -47,6 +47,7 @@ from model_utils import (
 )
 from plumbing.attention import Packed, micro_batches, pack
 from plumbing.balance import balance
+from plumbing.calls import check_tools, own_ids
 from plumbing.decoder import Decoder, without_autograd
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.images import open_album, show
@@ -54,10 +55,11 @@ from plumbing.log import SHOWN, rollout_records, step_metrics
 from plumbing.memory import dry_run_rl
 from plumbing.plans import credit_metrics, plan_metrics, sibling_weight
 from plumbing.ranks import all_sum, print0, rank, require, world_size
+from plumbing.revision import call_metrics
 from plumbing.run import Run
 from plumbing.signals import guarded
 from plumbing.thin import check_tp, in_lockstep, shared_draw
-from rewards import extract_answer, overlong_penalty, parse_completion, total_reward
+from rewards import overlong_penalty, total_reward
 
 
 @dataclass
@@ -101,6 +103,7 @@ class Config(TrainingFlags):
     max_completion_tokens: int = 3584  # plan and CoT together: 3.5K (>= 1)
     rollout_rows: int = 0  # sequences decoded at once per rank; 0: as many as fit in memory
     tp: int = 1  # so many ranks share the sampling model's heads, for large models (>= 1)
+    tools: tuple = ()  # calls that are answered in the think block: calculator, python
     # data, evaluation, logs
     limit: int = 60000  # use a random subset of the data of this size; 0: all
     eval_data: str = ""  # held-out problems, as --data; empty: drawn from --data
@@ -125,6 +128,7 @@ class Config(TrainingFlags):
         require(plan < limit, "--max_plan_tokens must be below --max_completion_tokens")
         require(self.overlong_buffer <= limit, "--overlong_buffer is above the completion limit")
         check_tp(self)
+        check_tools(self.tools, self.tp)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,22 +146,30 @@ class Rollout:
     cots: list["Rollout"] = field(default_factory=list)  # the completions that a closed plan became
     stopped: bool = False  # ended by a stop token, not by a limit
     slot: int = -1  # where the decoder keeps its keys and values
+    number: int = 0  # its place among the completions of the call; of a plan, that of its last CoT
+    # of tools (plumbing/calls.py)
+    forced: list[int] = field(default_factory=list)  # a reply's tokens that are still to be fed
+    given: list[int] = field(default_factory=list)  # places in ids of replies: nobody chose them
+    calls: int = 0  # calls that were answered
     # known after grading
     text: str = ""
     correct: bool = False
     well_formed: bool = False
     leaks: bool = False  # the plan gives the answer away
+    forged: bool = False  # it wrote a tool's reply itself
+    revision: tuple | None = None  # whether its plan was wrong, and was left; None: unknown
     plan_advantage: float = 0.0  # of the tokens of a plan that closed
     advantage: float = 0.0  # of the others
     # for the log, one value per token
     entropy: list[float] = field(default_factory=list)  # of the policy
     log_ratio: list[float] = field(default_factory=list)  # of policy and reference
+    said: list[list[int]] = field(default_factory=list)  # from, to in text: what tools said
 
     def fork(self) -> list["Rollout"]:
         """The z completions that continue a closed plan: each starts as a copy of it."""
-        for limit in self.limits:
+        for number, limit in enumerate(self.limits, self.number - len(self.limits) + 1):
             cot = Rollout(self.prompt, [limit], list(self.ids), list(self.logprobs))
-            cot.plan_tokens, cot.slot = len(self.ids), self.slot
+            cot.plan_tokens, cot.slot, cot.number = len(self.ids), self.slot, number
             self.cots.append(cot)
         return [cot for cot in self.cots if len(cot.ids) < cot.limits[0]]
 
@@ -204,13 +216,14 @@ def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generat
 def decode(
     model, rollouts: list[Rollout], *, temperature: float, top_p: float, stop_ids: list[int],
     seed: int, max_rows: int = 0, plan_closed: Callable = None, max_plan_tokens: int = 0,
-    plan_opened: Callable = lambda ids: True,
+    plan_opened: Callable = lambda ids: True, respond: Callable = None,
 ):
     """Decode `rollouts` to their ends, one token of every active rollout at a time.
 
     When a plan closes (`plan_closed(ids)`), its z completions take its place. They keep its token
     ids and a copy of its keys and values, so no plan is decoded or encoded twice. A plan of
-    `max_plan_tokens` ends: an endless plan gets no CoT.
+    `max_plan_tokens` ends: an endless plan gets no CoT. `respond(rollouts)` may queue a reply to
+    the last token of any (plumbing/calls.py): it is fed next, in place of what would be sampled.
     """
     generator = torch.Generator(model.device).manual_seed(seed)  # sampling has an RNG of its own
     decoder, active = Decoder(model, rollouts, max_rows), []
@@ -220,9 +233,12 @@ def decode(
         tokens, logprobs = draw(logits, temperature, top_p, generator)  # (B,), (B,)
         alive = []
         for rollout, token, logprob in zip(active, tokens.tolist(), logprobs.tolist()):
+            if said := bool(rollout.forced):
+                token, logprob = rollout.forced.pop(0), 0.0
+                rollout.given.append(len(rollout.ids))
             rollout.ids.append(token)
             rollout.logprobs.append(logprob)
-            rollout.stopped = token in stop_ids
+            rollout.stopped = token in stop_ids and not said
             if rollout.stopped or len(rollout.ids) >= max(rollout.limits):
                 rollout.is_plan = rollout.is_plan and plan_opened(rollout.ids)
             elif not rollout.is_plan:
@@ -234,13 +250,15 @@ def decode(
             elif not plan_opened(rollout.ids):  # a completion without a plan has no plan limit
                 rollout.is_plan = False
                 alive.append(rollout)
+        if respond is not None:
+            respond(alive)
         active = decoder.keep(alive)
 
 
 def sample(
     model, prompts: list[list[int]], *, n: int = 1, max_new_tokens: int | list[int],
     temperature: float = 1.0, top_p: float = 1.0, stop_ids: list[int], seed: int = 0,
-    max_rows: int = 0,
+    max_rows: int = 0, respond: Callable = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Sample `n` completions of every prompt, without a plan phase.
 
@@ -252,9 +270,9 @@ def sample(
     limits = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * count
     if len(limits) != count or not prompts or min(limits) < 1 or not all(prompts):
         raise ValueError("sample wants non-empty prompts and a positive limit per completion")
-    rollouts = [Rollout(prompts[i // n], [limit]) for i, limit in enumerate(limits)]
+    rollouts = [Rollout(prompts[i // n], [limit], number=i) for i, limit in enumerate(limits)]
     options = dict(temperature=temperature, top_p=top_p, stop_ids=stop_ids, seed=seed)
-    decode(model, rollouts, max_rows=max_rows, **options)
+    decode(model, rollouts, max_rows=max_rows, respond=respond, **options)
     return [r.ids for r in rollouts], [r.logprobs for r in rollouts]
 
 
@@ -262,6 +280,7 @@ def sample(
 def sample_tree(
     model, prompts: list[list[int]], config, *, plan_closed: Callable, stop_ids: list[int],
     seed: int, plan_opened: Callable = lambda ids: True, top_p: float = 1.0,
+    respond: Callable = None,
 ) -> list[list[Rollout]]:
     """m plans per prompt and z CoTs per plan: N lists of G = m z finished rollouts, plan-major.
 
@@ -271,10 +290,12 @@ def sample_tree(
     m, z, planning = config.plans, config.cots, config.max_plan_tokens > 0
     limits = [config.max_completion_tokens] * z
     roots = [Rollout(prompt, limits, is_plan=planning) for prompt in prompts for _ in range(m)]
+    for i, root in enumerate(roots):
+        root.number = i * z + z - 1
     options = dict(temperature=config.temperature, top_p=top_p, stop_ids=stop_ids, seed=seed)
     options |= dict(plan_closed=plan_closed, plan_opened=plan_opened)
     options |= dict(max_plan_tokens=config.max_plan_tokens, max_rows=config.rollout_rows)
-    decode(model, roots, **options)
+    decode(model, roots, respond=respond, **options)
     leaves = [root.cots or [root] * z for root in roots]  # (N m) lists of z
     return [sum(leaves[i:i + m], []) for i in range(0, len(leaves), m)]
 
@@ -291,23 +312,27 @@ class Group:
 
 
 def grade_groups(
-    tokenizer, groups: list[Group], stop_ids: list[int], *, salt: str = "", evaluated: bool = False
+    tokenizer, groups: list[Group], stop_ids: list[int], *, salt: str = "", evaluated: bool = False,
+    tools: tuple = (),
 ):
-    """Fill in text, well_formed, leaks and correct of every completion.
+    """Fill in text, well_formed, leaks, correct, forged and revision of every completion.
 
     `salt` is this rollout's own: verifiers that draw a world per completion draw it from there.
-    `evaluated` is --evaluated.
+    `evaluated` is --evaluated, `tools` is --tools. Only a completion's own tokens are judged.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     texts = completion_texts(tokenizer, [r.ids for r in rollouts], stop_ids)
     questions = [group.question for group in groups for _ in group.rollouts]
-    for rollout, text, question in zip(rollouts, texts, questions):
-        blocks = parse_completion(text)
-        rollout.text, rollout.well_formed = text, blocks is not None
-        rollout.leaks = bool(blocks and plan_leaks(question, blocks.plan))
-    # None for a plan that never closed.
-    answers = [extract_answer(text, boxed(question)) for text, question in zip(texts, questions)]
+    own, answers = texts, []
+    if any(r.given for r in rollouts):
+        own = completion_texts(tokenizer, [own_ids(r.ids, r.given) for r in rollouts], stop_ids)
     salts = [f"{salt} {i}" for i in range(len(rollouts))]
+    for i, (rollout, question) in enumerate(zip(rollouts, questions)):
+        blocks, answer, rollout.forged = reading(question, own[i], tools)
+        rollout.text, rollout.well_formed = texts[i], blocks is not None
+        rollout.leaks = bool(blocks and plan_leaks(question, blocks.plan))
+        rollout.revision = plan_revision(question, blocks, answer, salts[i])
+        answers.append(answer)
     for rollout, right in zip(rollouts, verify(questions, answers, salts, evaluated)):
         rollout.correct = right
 
@@ -318,14 +343,15 @@ def group_rewards(groups: list[Group], config: Config) -> dict[str, torch.Tensor
     shape = (len(groups), config.plans, config.cots)
     correct = torch.tensor([r.correct for r in rollouts], dtype=torch.bool).reshape(shape)
     well_formed = torch.tensor([r.well_formed for r in rollouts], dtype=torch.bool).reshape(shape)
-    lengths = torch.tensor([len(r.ids) for r in rollouts], dtype=torch.long).reshape(shape)
+    count = lambda lengths: torch.tensor(list(lengths), dtype=torch.long).reshape(shape)
+    lengths = count(len(r.ids) - len(r.given) for r in rollouts)  # the length reward is about these
     names = ("beta", "tau", "alpha", "structure", "correct_only")
     options = {name: getattr(config, name) for name in names}
     rewards = total_reward(correct, well_formed, lengths, **options)
     if config.overlong_buffer:
         # What was cut has met its limit, and so has a plan that was cut at its own.
         limit, cut = config.max_completion_tokens, torch.tensor([not r.stopped for r in rollouts])
-        met = lengths.masked_fill(cut.reshape(shape), limit)
+        met = count(len(r.ids) for r in rollouts).masked_fill(cut.reshape(shape), limit)
         rewards["overlong"] = overlong_penalty(met, limit, config.overlong_buffer)
         rewards["total"] = rewards["total"] + rewards["overlong"]
     return {**rewards, "correct": correct, "well_formed": well_formed, "lengths": lengths}
@@ -493,7 +519,8 @@ def make_micro_batches(rollouts: list[Rollout], config: Config, device) -> list[
         # plan that never closed stays in: it is wrong for certain, and must be learned from.
         left_out = [config.mask_truncated and not r.stopped and not r.is_plan for r in chosen]
         starts = [len(r.prompt) + len(r.ids) * out for r, out in zip(chosen, left_out)]
-        packed = pack(rows, starts, device)
+        said = [[len(r.prompt) + place for place in r.given] for r in chosen]
+        packed = pack(rows, starts, device, given=said)
         sampler, credit = torch.zeros(packed.mask.shape), torch.zeros(packed.mask.shape)
         for i, r in enumerate(chosen):
             first = len(r.prompt) - 1  # the column of the first completion token
@@ -572,9 +599,10 @@ def greedy_accuracy(model, tokenizer, problems: list[dict], config: Config) -> f
     with unsharded(model, config.tp) as sampler:
         if mine or config.tp > 1:
             options = dict(plan_opened=opened, plan_closed=closed, stop_ids=stop_ids, seed=0)
+            options["respond"] = replies(tokenizer, mine, greedy, stop_ids)
             trees = sample_tree(sampler, [p["prompt"] for p in mine], greedy, **options)
             groups = [Group(problem, tree) for problem, tree in zip(mine, trees)]
-            grade_groups(tokenizer, groups, stop_ids)
+            grade_groups(tokenizer, groups, stop_ids, tools=config.tools)
             right = sum(group.rollouts[0].correct for group in groups)
     tally()  # a step counts its own rollouts
     return float(all_sum(torch.tensor(right, device=model.device))) / len(problems)
@@ -586,17 +614,19 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     run.state["cursor"] = end = first + config.questions
     questions = draw(problems, range(first + rank(), end, world_size()), config.seed)
     opened, closed = plan_marks(tokenizer)
+    salt, tools = f"{config.seed} {end} {rank()}", config.tools
     with run.timer("rollout"), unsharded(model, config.tp) as sampler:
         show(tokenizer, [q["prompt"] for q in questions], model)
         trees = run.unless_stopped(
             sample_tree, sampler, [q["prompt"] for q in questions], config, stop_ids=stop_ids,
             plan_opened=opened, plan_closed=closed, seed=hash((config.seed, end, rank())) % 2**62,
+            respond=replies(tokenizer, questions, config, stop_ids, lambda n: f"{salt} {n}"),
         )
     run.leave_if_asked()
     with run.timer("reward"):
         groups = [Group(question, rollouts) for question, rollouts in zip(questions, trees)]
-        salt = f"{config.seed} {end} {rank()}"
-        grade_groups(tokenizer, groups, stop_ids, salt=salt, evaluated=config.evaluated)
+        options = dict(salt=salt, evaluated=config.evaluated, tools=tools)
+        grade_groups(tokenizer, groups, stop_ids, **options)
     return groups
 
 
@@ -606,7 +636,8 @@ def main():
         return dry_run_rl(config)
     tokenizer = load_tokenizer(config.model)
     open_album(tokenizer, config)
-    problems, held_out = load_questions(config, partial(encode_prompt, tokenizer))
+    encode = lambda problem: encode_question(tokenizer, problem, config.tools)
+    problems, held_out = load_questions(config, encode)
     run, reference = Run(config), None
     model = load_sharded(config.model, run.device, config)
     if config.kl_coef:
@@ -654,6 +685,7 @@ def main():
         metrics = step_metrics(sampled, sampled_rewards, updates, run.device, first=step == 1)
         metrics |= {f"grader_{name}": count for name, count in tally().items()}
         metrics |= plan_metrics(sampled, sampled_rewards, run.state, run.device)
+        metrics |= call_metrics(sampled, run.device)
         no_plan_reward = advantages(rewards, config, within, beta=0.0)
         metrics |= credit_metrics(rewards, (plan, cot), no_plan_reward, run.device)
         if held_out and run.is_due(config.eval_every):

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from plumbing.attention import Packed, use_attention
+from plumbing.calls import protocol, tools_of
 from plumbing.family import check_family
 from plumbing.images import freeze_tower, mark_pictures, packed_inputs, without_tower
 from plumbing.kernels import fuse_norms
@@ -24,6 +25,8 @@ from plumbing.memory import CHUNK_LOGITS
 from plumbing.ranks import device_mesh, fail, print0, rank, require
 from plumbing.thin import thinner
 from plumbing.weights import (
+    check_folder,
+    check_template,
     empty_model,
     fill_model,
     in_short,
@@ -61,6 +64,7 @@ def load_tokenizer(path: str, thinking: bool = True):
     """
     from transformers import AutoTokenizer
 
+    check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception at a damaged file
@@ -86,18 +90,22 @@ def load_tokenizer(path: str, thinking: bool = True):
         spare = "<|finetune_right_pad_id|>"
         has_spare = spare in tokenizer.get_vocab()
         tokenizer.pad_token = spare if has_spare else tokenizer.eos_token
+    check_template(path, tokenizer)
     return tokenizer
 
 
-def encode_prompt(tokenizer, problem: str, images: tuple[str, ...] = ()) -> list[int]:
-    """Token ids of instruction and problem, up to where the completion begins.
+def encode_prompt(
+    tokenizer, problem: str, images: tuple[str, ...] = (), tools: tuple[str, ...] = ()
+) -> list[int]:
+    """Token ids of instruction (with the protocol of `tools`) and problem, up to the completion.
 
     Only the prompt goes through the chat template: Qwen3's would cut the plan out of a completion.
     `images` are paths of pictures, which stand where the problem has `<image>`, or before it. An
     image token is a negative id (plumbing/images.py). Raises images.Unusable.
     """
     problem = mark_pictures(tokenizer, problem, len(images)) if images else problem
-    turns = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": problem}]
+    instruction = " ".join(filter(None, (INSTRUCTION, protocol(tools))))
+    turns = [{"role": "system", "content": instruction}, {"role": "user", "content": problem}]
     # Llama's template prints today's date unless it is given one: prompts would change daily.
     options = dict(add_generation_prompt=True, tokenize=False, date_string="26 Jul 2024")
     try:
@@ -105,12 +113,18 @@ def encode_prompt(tokenizer, problem: str, images: tuple[str, ...] = ()) -> list
     except Exception as error:  # jinja2's TemplateError: Gemma's template refuses a system turn
         if "role" not in str(error).lower():
             raise
-        turns = [{"role": "user", "content": f"{INSTRUCTION}\n\n{problem}"}]
+        turns = [{"role": "user", "content": f"{instruction}\n\n{problem}"}]
         text = tokenizer.apply_chat_template(turns, **options)
     # Some chat templates end with an open <think>. Our completions start with <plan>.
     text = re.sub(r"<think>\s*$", "", text)
     ids = tokenizer.encode(text, add_special_tokens=False)  # the template has written special ones
     return tokenizer.album.expand(ids, images) if images else ids
+
+
+def encode_question(tokenizer, record: dict, tools: tuple[str, ...] = ()) -> list[int]:
+    """`encode_prompt` of a record: with its pictures, and with what its world answers."""
+    images = record.get("images", ())
+    return encode_prompt(tokenizer, record["problem"], images, tools_of(record, tools))
 
 
 def find_stop_ids(model, tokenizer) -> list[int]:

@@ -20,7 +20,7 @@ import torch
 from data.sources import draw, load_records
 from data.verifiers import boxed
 from model_utils import (
-    encode_prompt,
+    encode_question,
     load_sharded,
     load_tokenizer,
     lr_at,
@@ -28,6 +28,7 @@ from model_utils import (
     optimizer_step,
 )
 from plumbing.attention import micro_batches, pack
+from plumbing.calls import check_tools, encode_with_results, tools_of
 from plumbing.flags import TrainingFlags, parse_config
 from plumbing.images import open_album, show
 from plumbing.memory import dry_run_sft
@@ -46,6 +47,7 @@ class Config(TrainingFlags):
     epochs: float = 3.0  # passes over the data (> 0)
     batch_size: int = 64  # sequences per optimiser step, over all ranks (>= 1)
     use_plan: bool = True  # false: leave the plan block out of the targets
+    tools: tuple = ()  # what grpo.py will get: CoTs may hold calls; results are not learned
     max_tokens: int = 8192  # longer records are left out, and counted (>= 1)
     thinking: bool = True  # Qwen3: false trains on its non-thinking prompt, and the model keeps it
     lr: float = 1e-5  # peak learning rate
@@ -60,33 +62,40 @@ class Config(TrainingFlags):
         ranks = world_size()
         whole = self.batch_size % ranks == 0
         require(whole, f"--batch_size must be a multiple of the {ranks} ranks")
+        check_tools(self.tools)
 
 
-def encode_record(tokenizer, record: dict, use_plan: bool) -> tuple[list[int], int]:
+def encode_record(tokenizer, record: dict, use_plan: bool, tools: tuple = ()) -> tuple:
     """(ids of prompt + completion + end of turn, length of the prompt).
 
-    Raises SystemExit, naming the record, if its text could not be read back from the template.
+    With tools, or a world, a third item: the places of the results of calls, which are not
+    supervised. Raises SystemExit, naming the record, if its text could not be read back from the
+    template.
     """
     plan = record["plan"] if use_plan else None
     try:
-        prompt = encode_prompt(tokenizer, record["problem"], record.get("images", ()))
+        prompt = encode_question(tokenizer, record, tools)
         completion = build_completion(plan, record["think"], record["answer"], boxed(record))
     except ValueError as error:
         fail(f"record {record['id']}: {error}; mend or remove it")
+    if tools_of(record, tools):
+        ids, said = encode_with_results(tokenizer, completion)
+        said = [len(prompt) + place for place in said]
+        return prompt + ids + [tokenizer.eos_token_id], len(prompt), said
     ids = tokenizer.encode(completion, add_special_tokens=False)
     return prompt + ids + [tokenizer.eos_token_id], len(prompt)
 
 
-def count_tokens(rows: list[tuple[list[int], int]]) -> int:
+def count_tokens(rows: list[tuple]) -> int:
     """Supervised tokens of encoded records."""
-    return sum(len(ids) - prompt for ids, prompt in rows)
+    return sum(len(ids) - prompt - sum(map(len, said)) for ids, prompt, *said in rows)
 
 
-def load_rows(config: Config, tokenizer) -> list[tuple[list[int], int]]:
+def load_rows(config: Config, tokenizer) -> list[tuple]:
     """The encoded records that fit into the model's context, shuffled."""
     fields = ("problem", "answer", "think") + ("plan",) * config.use_plan
     records = load_records(config.data, fields, config.limit, config.seed)
-    rows = [encode_record(tokenizer, record, config.use_plan) for record in records]
+    rows = [encode_record(tokenizer, r, config.use_plan, config.tools) for r in records]
     model_config = load_config(config.model).get_text_config()
     context = getattr(model_config, "max_position_embeddings", None)
     longest = min(config.max_tokens, context or config.max_tokens)
@@ -99,19 +108,21 @@ def load_rows(config: Config, tokenizer) -> list[tuple[list[int], int]]:
     return kept
 
 
-def sft_loss(model, rows: list[tuple[list[int], int]], config: Config, train: bool) -> float:
+def sft_loss(model, rows: list[tuple], config: Config, train: bool) -> float:
     """Eq. 1: mean loss of the supervised tokens of `rows`, over all ranks.
 
     Each rank computes its share of the rows. `train` accumulates gradients. A collective.
     """
     total, tokens = torch.zeros((), device=model.compute_device), count_tokens(rows)  # of all ranks
     mine = rows[rank()::world_size()]
-    sequences, prompts = [ids for ids, _ in mine], [prompt for _, prompt in mine]
+    sequences, prompts = [ids for ids, *_ in mine], [prompt for _, prompt, *_ in mine]
+    said = [sum(results, []) for _, _, *results in mine]
     limit = config.tokens_per_micro_batch
     # All records begin with the instruction, so sharing beginnings pays for short ones.
     for part in micro_batches(sequences, limit, model.compute_device):
         chosen = [sequences[i] for i in part]
-        packed = pack(chosen, [prompts[i] for i in part], model.compute_device)
+        options = {"given": [said[i] for i in part]} if any(said) else {}
+        packed = pack(chosen, [prompts[i] for i in part], model.compute_device, **options)
         with torch.set_grad_enabled(train):
             logprobs, _ = model.token_logprobs(packed)  # (B, T-1)
             loss = -logprobs.sum() / tokens

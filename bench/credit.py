@@ -26,6 +26,7 @@ import torch
 
 from grpo import Config, advantages, group_advantages, segment_advantages
 from plumbing.plans import best_within, credit_metrics
+from plumbing.ranks import fail
 from rewards import total_reward
 
 CPU = torch.device("cpu")
@@ -295,6 +296,7 @@ def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--groups", type=int, default=60_000)
+    parser.error = fail
     groups = parser.parse_args().groups
     rng, began = np.random.default_rng(0), time.time()
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"

@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from plumbing.ranks import fail
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     **os.environ,
@@ -577,6 +579,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     help = "checks to run [all]"
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS, help=help)
+    parser.error = fail
     chosen = parser.parse_args().only
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder:

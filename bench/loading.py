@@ -136,6 +136,8 @@ def print_row(name: str, size: float, solutions: bool, figures: dict[str, float]
 
 
 def main():
+    from plumbing.ranks import fail  # imports torch, which `measure` counts itself
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -143,6 +145,7 @@ def main():
     parser.add_argument("--solution_chars", type=int, default=4000)
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.error = fail
     args = parser.parse_args()
     if args.measure:
         name, folder, solutions = args.measure

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from plumbing.plans import icc_interval, variances
+from plumbing.ranks import fail
 
 # Parameters of the beta distribution of a question's chance.
 DIFFICULTIES = {"chances even from 0 to 1": (1.0, 1.0), "hard, as AIME, 35 %": (0.4, 0.75)}
@@ -70,6 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = fail
     args = parser.parse_args()
     rng, began = np.random.default_rng(args.seed), time.time()
     machine = f"{platform.system()} {platform.machine()}"

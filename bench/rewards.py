@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 from plumbing import runner
+from plumbing.ranks import fail
 
 SUM = {"inputs": ["3 4\n", "10 -2\n", "7 7\n"], "outputs": ["7\n", "8\n", "14\n"]}
 ADD = {"fn": "add", "inputs": [[3, 4], [10, -2], [7, 7]], "outputs": [7, 8, 14]}
@@ -545,6 +546,7 @@ def main():
     parser.add_argument("--small", action="store_true", help="a tenth of the programs")
     parser.add_argument("--user", type=int, help="id of a user to become first")
     parser.add_argument("--human_eval", help="a JSONL file: check its canonical solutions only")
+    parser.error = fail
     args = parser.parse_args()
     if args.user:
         os.setgroups([])

@@ -40,7 +40,7 @@ from data.toy import make_problems
 from model_utils import encode_prompt, load_tokenizer, make_optimizer, shard_model
 from plumbing.answers import grade
 from plumbing.attention import micro_batches, pack
-from plumbing.ranks import require
+from plumbing.ranks import fail, require
 from rewards import extract_answer
 
 QUESTIONS, PLANS, COTS = 16, 4, 3
@@ -423,6 +423,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     note = "measure one form and print MiB (the memory row does that)"
     parser.add_argument("--memory", choices=("ours", "plain"), help=note)
+    parser.error = fail
     args = parser.parse_args()
     if args.memory:
         return measure_memory(args.memory)

@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from plumbing.intervals import accuracy_interval, difference_interval, permutation_p
+from plumbing.ranks import fail
 
 # Name, samples per problem, and for each benchmark its problems and beta parameters. AIME and AMC
 # sizes at the paper's n = 64; MATH-500 and GSM8K sizes at n = 4 and 1; the demo's 600 x 4.
@@ -144,6 +145,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--simulations", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = fail
     args = parser.parse_args()
     rng, began = np.random.default_rng(args.seed), time.time()
     machine = f"{platform.system()} {platform.machine()}"

@@ -8,7 +8,9 @@
 All runs of a task start from the same SFT checkpoint. A run trains until it has decoded the task's
 budget of tokens (a plan counts once), at a constant learning rate, so that its curve can be cut at
 any smaller budget. Then 600 held-out problems are answered 4 times each at temperature 1, without
-top-p: that is the policy as it was trained. Every finished run is a line of bench/study.jsonl.
+top-p: that is the policy as it was trained. Every finished run is a line of bench/study.jsonl. The
+first seed of each row is also evaluated with other plans; a line that lacks this is completed by
+another training of its row, whose line holds nothing else.
 """
 
 import argparse
@@ -33,6 +35,8 @@ import transformers
 
 from bench.study_page import write_page
 from data import doors, toy
+from plumbing.ranks import fail, printable
+from plumbing.revision import revision_figures
 from rewards import parse_completion
 
 RESULTS, COSTS = Path("bench/study.jsonl"), Path("bench/study_costs.json")
@@ -56,6 +60,7 @@ class Task:
     cot_tokens: float  # and of a CoT
     plain_steps: int
     small: int  # completions per question that take as many tokens as a tree of 4x3
+    lr: str = "1e-4"
 
     @property
     def folder(self) -> Path:
@@ -214,7 +219,7 @@ def train(task: Task, row: str, seed: int, out: Path, steps: int = 0) -> float:
     began = time.time()
     call(
         f"grpo.py --model {start} --data {task.folder}/data/train.jsonl --out {out} --overwrite "
-        f"--steps {steps or steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr 1e-4 "
+        f"--steps {steps or steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr {task.lr} "
         f"--warmup_steps 5 --save_every 0 --eval_every 0 --show_every 0 {task.limits} "
         f"--tokens_per_micro_batch 4000 --activation_checkpointing false {flags_of(task, row)}",
         out.with_suffix(".log"),
@@ -237,6 +242,11 @@ def counts(records: list[dict]) -> str:
     return "".join(str(sum(s["correct"] for s in record["samples"])) for record in records)
 
 
+def accuracy(right: str) -> float:
+    """Of `counts`."""
+    return sum(map(int, right)) / len(right) / SAMPLES
+
+
 def what_the_plans_did(task: Task, records: list[dict]) -> dict:
     """The plans of well-formed samples held against the truth, which is known exactly here."""
     seen = []
@@ -255,11 +265,13 @@ def what_the_plans_did(task: Task, records: list[dict]) -> dict:
         "right_if_not": share("right", wrong),
         "revised": share("revised", wrong),
         "right_if_revised": share("right", [row for row in wrong if row["revised"]]),
+        # against the completion's own world
+        **revision_figures([sample for record in records for sample in record["samples"]]),
     }
 
 
 def other_plans(task: Task, model: Path, own: list[dict], out: Path) -> dict[str, float]:
-    """Accuracy with the true plan, another problem's plan, and none."""
+    """Accuracy with the model's own plan, the true plan, another problem's plan, and none."""
     true = out / "true_plans.jsonl"
     plans = [{"id": r["id"], "plan": task.judge(r["problem"], "", "")["whole"]} for r in own]
     true.write_text("".join(json.dumps(plan) + "\n" for plan in plans))
@@ -267,11 +279,10 @@ def other_plans(task: Task, model: Path, own: list[dict], out: Path) -> dict[str
         "true": f"--plan {true}", "none": "--plan none",
         "shuffled": f"--plan shuffled --plan_from {true}",
     }
-    found = {}
+    sampled = {"own": own}
     for name, plan in flags.items():
-        right = counts(evaluate(task, model, out / f"eval_{name}", plan))
-        found[name] = sum(map(int, right)) / len(right) / SAMPLES
-    return found
+        sampled[name] = evaluate(task, model, out / f"eval_{name}", plan)
+    return {name: accuracy(counts(records)) for name, records in sampled.items()}
 
 
 def plan_trees(task: Task, model: Path, out: Path) -> dict:
@@ -291,28 +302,38 @@ def plan_trees(task: Task, model: Path, out: Path) -> dict:
                 scores.append(sum(s["correct"] for s in cots) / 3)
                 values.append(task.judge(record["problem"], parsed.plan, parsed.think)["value"])
     analysis, = json.loads((out / "plans/summary.json").read_text())["plans"].values()
-    return {"analysis": analysis, "score_corr": round(float(np.corrcoef(scores, values)[0, 1]), 4)}
+    varied = len(set(scores)) > 1 and len(set(values)) > 1  # no plan is well formed without SFT
+    corr = round(float(np.corrcoef(scores, values)[0, 1]), 4) if varied else None
+    return {"analysis": analysis, "score_corr": corr}
 
 
-def run_job(task: Task, row: str, seed: int) -> dict:
-    """Train and evaluate. Returns the line of bench/study.jsonl."""
+def about_plans(task: Task, model: Path, own: list[dict], out: Path) -> dict:
+    return {"with_plan": other_plans(task, model, own, out), **plan_trees(task, model, out)}
+
+
+def run_job(task: Task, row: str, seed: int, plans_only: bool = False) -> dict:
+    """Train and evaluate. Returns the line of bench/study.jsonl, or its fields on other plans."""
     out = task.folder / f"{row} {seed}".replace(" ", "_").replace(",", "")
     seconds = train(task, row, seed, out)
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     records = evaluate(task, out / "model", out / "eval")
+    key = {"task": task.name, "row": row, "seed": seed}
+    if plans_only:
+        result = key | about_plans(task, out / "model", records, out)
+        shutil.rmtree(out)
+        return result
     column = lambda name: [round(m[name], 4) for m in metrics if name in m]
     icc = column("plan_icc_mean")
     result = {
-        "task": task.name, "row": row, "seed": seed, "flags": flags_of(task, row),
+        **key, "flags": flags_of(task, row),
         "seconds": round(seconds, 1), "step_seconds": sorted(column("seconds"))[len(metrics) // 2],
         "icc": icc[-1] if icc else None, "credit_corr": (column("credit_corr") or [None])[-1],
         "accuracy": column("accuracy"), "decoded": column("decoded_tokens"),
         "completions": column("completions_sampled"), "right": counts(records),
         "did": what_the_plans_did(task, records),
     }
-    if row in MAIN_ROWS and seed == 0:
-        result["with_plan"] = other_plans(task, out / "model", records, out)
-        result |= plan_trees(task, out / "model", out)
+    if seed == 0:
+        result |= about_plans(task, out / "model", records, out)
     shutil.rmtree(out)  # the line holds all that the page needs
     return result
 
@@ -325,7 +346,7 @@ def sft_job(task: Task) -> dict:
         "task": task.name, "row": "SFT", "seed": 0, "start": start_digest(task),
         "right": counts(records),
         "did": what_the_plans_did(task, records),
-        "with_plan": other_plans(task, model, records, out), **plan_trees(task, model, out),
+        **about_plans(task, model, records, out),
     }
     shutil.rmtree(out)
     return result
@@ -355,14 +376,27 @@ def measure_costs(tasks: list[Task]):
 # Main
 
 
+def key_of(line: dict) -> tuple[str, str, int]:
+    return line["task"], line["row"], line["seed"]
+
+
+def lacks_plans(line: dict) -> bool:
+    """Whether the line is of a first seed that has not been evaluated with other plans."""
+    return line["seed"] == 0 and not {"with_plan", "score_corr"} <= set(line)
+
+
 def read_results() -> list[dict]:
-    """The lines of bench/study.jsonl; those of runs with `token_seconds`, see `measure_costs`.
+    """The lines of bench/study.jsonl, one per run; with `token_seconds`, see `measure_costs`.
 
     Rows that differ in rewards alone cost the same: each gets the median of their costs, as the
     machine's speed varies.
     """
     text = RESULTS.read_text() if RESULTS.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    merged = {}
+    for line in map(json.loads, text.splitlines()):
+        key = key_of(line)
+        merged[key] = merged.get(key, {}) | line
+    lines = list(merged.values())
     costs, alike = json.loads(COSTS.read_text()) if COSTS.exists() else {}, {}
     runs = [line for line in lines if "decoded" in line]
     costly = re.compile(r"--(?:plans|cots|kl_coef|mini_batches) \S+")
@@ -397,9 +431,10 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--costs", action="store_true", help="measure seconds per token, and end")
     parser.add_argument("--status", action="store_true", help="print which runs are done, and end")
+    parser.error = fail
     args = parser.parse_args()
-    key = lambda line: (line["task"], line["row"], line["seed"])
-    done = set(map(key, read_results()))
+    earlier = {key_of(line): line for line in read_results()}
+    done = {key for key, line in earlier.items() if not lacks_plans(line)}
     if args.status:
         return print_status(done)
     tasks = [TASKS[name] for name in args.tasks]
@@ -413,13 +448,15 @@ def main():
         if time.time() > end:
             return
         try:
-            result = sft_job(task) if row == "SFT" else run_job(task, row, seed)
+            key = task.name, row, seed
+            result = sft_job(task) if row == "SFT" else run_job(*job, plans_only=key in earlier)
         except (SystemExit, Exception) as error:  # the other runs go on
-            return print(f"{task.name}, {row}, seed {seed}: {error}", flush=True)
+            said = printable(f"{task.name}, {row}, seed {seed}: {error}")
+            return print(said, flush=True)
         with open(RESULTS, "a") as file:  # one short write: two threads do not mix lines
             file.write(json.dumps({**result, **machine()}) + "\n")
-        right = sum(map(int, result["right"])) / len(result["right"]) / SAMPLES
-        print(f"{task.name:12}{row:40} seed {seed}  {right:.3f}", flush=True)
+        own = result["with_plan"]["own"] if seed == 0 else accuracy(result["right"])
+        print(f"{task.name:12}{row:40} seed {seed}  {own:.3f}", flush=True)
 
     todo = [(task, "SFT", 0) for task in tasks]
     todo += [(TASKS[task], row, seed) for task, row, seed in jobs() if task in args.tasks]

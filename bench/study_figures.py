@@ -210,9 +210,9 @@ def plan_use(runs: list[dict], with_plan: list[dict]) -> dict:
     did = {name: mean_of(run["did"].get(name) for run in runs) for name in runs[0]["did"]}
     other = [run["with_plan"] for run in with_plan]
     swapped = {name: mean_of(w.get(name) for w in other) for name in ("true", "shuffled", "none")}
-    own = float(np.mean([shares(run).mean() for run in with_plan or runs]))
+    own = [run.get("with_plan", {}).get("own") or shares(run).mean() for run in with_plan or runs]
     corr = mean_of(run.get("score_corr") for run in runs)
-    return {"did": did, "own": own, "score_corr": corr, **swapped}
+    return {"did": did, "own": float(np.mean(own)), "score_corr": corr, **swapped}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -177,9 +177,8 @@ def contrasts_table(f: dict) -> str:
 
 
 def plans_table(f: dict) -> str:
-    """What the plans of each row did; GRPO and the start stand beside the trees."""
-    rows = {"SFT": f["start_use"]} if f["start_use"] else {}
-    rows |= {name: row for name, row in f["rows"].items() if row["z"] > 1 or name == GRPO}
+    """What the plans of the start and of each row did."""
+    rows = ({"SFT": f["start_use"]} if f["start_use"] else {}) | f["rows"]
     accuracies = ("own", "true", "shuffled", "none")
     did = ("best", "value", "right_if_best", "right_if_not", "revised", "right_if_revised")
     cells = [

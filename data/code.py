@@ -72,6 +72,27 @@ def program_in(answer: str) -> str:
     return text[len("\\boxed{"):-1] if in_box else program
 
 
+def solved(records: list[dict]) -> list[tuple[str, str] | None]:
+    """What each record's `solution` thinks and answers, or None if its program fails the tests.
+
+    For distilling: ANSWER stands for any program, and no model should learn to write it. The answer
+    is the program in one fenced block. What is thought ends where a block at the end begins.
+    """
+    if not records:
+        return []
+    programs = [program_in(record["solution"]).strip() for record in records]
+    fit = [refusal(record) is None for record in records]
+    tests = [record["tests"] for record, ok in zip(records, fit) if ok]
+    verdicts = iter(runner.passes(tests, [p for p, ok in zip(programs, fit) if ok]))
+    found = []
+    for record, program, ok in zip(records, programs, fit):
+        solution = record["solution"].strip()
+        head = solution[:-3].rpartition("```")[0].strip() if solution.endswith("```") else ""
+        pair = head or solution, f"```python\n{program}\n```"
+        found.append(pair if ok and next(verdicts) else None)
+    return found
+
+
 def refusal(record: dict) -> str | None:
     """Why `code` cannot judge a record, or None. Starts the workers, which takes a second once."""
     if reason := runner.bad_tests(record.get("tests")):

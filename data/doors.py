@@ -24,6 +24,7 @@ import re
 
 from data import toy
 from plumbing.ranks import fail
+from plumbing.signals import guarded
 
 HALLS = ("ABC", "DEF", "GHI")
 CHANCES = ("123", "456", "789")  # in every hall, a bad door, a fair one and a good one
@@ -90,6 +91,16 @@ def planned_route(plan: str) -> str:
     return " ".join(re.findall(r"take ([A-I])", plan))
 
 
+def planned(record: dict, plan: str) -> str:
+    """The answer that carrying out a plan amounts to."""
+    return planned_route(plan)
+
+
+def left(planned: str, answer: str) -> bool:
+    """Whether an answer takes another door than the plan."""
+    return planned.split() != answer.split()
+
+
 # --------------------------------------------------------------------------------------------------
 # Verdicts
 
@@ -127,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

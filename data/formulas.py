@@ -24,6 +24,7 @@ import random
 from data import toy
 from data.code import ANSWER
 from plumbing.ranks import fail
+from plumbing.signals import guarded
 
 KINDS = {"line": "x", "square": "x * x"}
 FACTORS = "12346789"  # of 5 x and 5 x x no value could tell which it is
@@ -106,4 +107,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

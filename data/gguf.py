@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from plumbing.ranks import fail, require
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 from plumbing.weights import in_short, model_tensors, open_tensors, refuse_missing
 
 FAMILIES = ("llama", "qwen2")
@@ -106,7 +107,7 @@ def convert(path: Path, out: Path, dtype: torch.dtype = torch.float32):
         fail(f"{out} cannot be written ({in_short(error)}): make room, or choose another --out")
     template = "its own chat template" if tokenizer.chat_template else "no chat template"
     size = f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens, {template}"
-    print(f"{out}: {model.config.model_type}, {size}")
+    print0(f"{out}: {model.config.model_type}, {size}")
 
 
 def main():
@@ -123,4 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -34,7 +34,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from data import toy
-from plumbing.ranks import fail, require
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 
 # --------------------------------------------------------------------------------------------------
 # Reading a worked answer
@@ -237,7 +238,7 @@ def make_problems(sizes: dict[str, int], args) -> dict[str, list[dict]]:
     stream = word_problems(args) if args.task == GSM else scored_problems(args)
     while any(len(files[split]) < size for split, size in sizes.items()):
         (key, record), misses = next(stream), misses + 1
-        require(misses < 50_000, "there are no more such problems: ask for fewer, or larger ones")
+        require(misses < 5_000, "there are no more such problems: ask for fewer, or larger ones")
         if record is None or record["problem"] in seen:
             continue
         split = toy.split_of(key)
@@ -271,10 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace what --out already holds")
     parser.error = fail
     args = parser.parse_args()
-    require(
-        args.overwrite or not (args.out / "test.jsonl").exists(),
-        f"{args.out} already holds a data set: choose another --out or pass --overwrite",
-    )
+    toy.refuse_occupied(args.out, args.overwrite)
     return args
 
 
@@ -298,8 +296,8 @@ def main():
     templates = {record.get("template") for records in files.values() for record in records}
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
     of = f"{len(templates)} templates" if args.task == GSM else args.task
-    print(f"{args.out}: {counts}; {of}")
+    print0(f"{args.out}: {counts}; {of}")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

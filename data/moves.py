@@ -22,6 +22,7 @@ import re
 
 from data import toy
 from plumbing.ranks import fail
+from plumbing.signals import guarded
 
 COLUMNS, ROWS = "ABCDE", "12345"
 CELLS = [column + row for row in ROWS for column in COLUMNS]
@@ -73,6 +74,25 @@ def judge(record: dict, answer: str | None) -> bool:
         if cell is None or cell in walls:
             return False
     return bool(moves) and cell == goal
+
+
+def planned(record: dict, plan: str) -> str:
+    """The moves that carry a plan out, from turn to turn. Empty where a leg is not straight."""
+    (cell, _, _), moves = world_of(record["problem"]), []
+    for turn in re.findall(CELL, plan):
+        right = COLUMNS.index(turn[0]) - COLUMNS.index(cell[0])
+        down = ROWS.index(turn[1]) - ROWS.index(cell[1])
+        if right and down:
+            return ""
+        moves += ["right" if right > 0 else "left"] * abs(right)
+        moves += ["down" if down > 0 else "up"] * abs(down)
+        cell = turn
+    return " ".join(moves)
+
+
+def left(planned: str, answer: str) -> bool:
+    """Whether an answer is another way than the plan's."""
+    return moves_of(answer) != moves_of(planned)
 
 
 def leaks(record: dict, plan: str) -> bool:
@@ -181,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -61,8 +61,7 @@ def with_prompts(name: str, problems: list[dict], encode: Callable, left_out: bo
     reasons = []
     for problem in problems:
         try:
-            images = [problem["images"]] if problem.get("images") else []
-            problem["prompt"] = encode(problem["problem"], *images)
+            problem["prompt"] = encode(problem)
         except Unusable as error:
             require(left_out, f"{name}, record {problem['id']}: {error}; mend or remove it")
             reasons.append(f"{problem['id']}, {error}")

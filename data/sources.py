@@ -40,13 +40,16 @@ from data.pictures import (
 )
 from plumbing import grader
 from plumbing.answers import is_number_list, last_box
+from plumbing.folder import lock, make_folder, refuse_unusable
 from plumbing.ranks import all_gather, fail, init_distributed, print0, rank, require, world_size
 from plumbing.records import load_jsonl
+from plumbing.signals import guarded
 from plumbing.weights import check_context, load_config
 
 # --------------------------------------------------------------------------------------------------
 # Cleaning
 
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 THOUSANDS = re.compile(r"-?\d{1,3}(?:,(?:\\!)?\d{3})+(?:\.\d+)?")  # LaTeX authors write 1,\!007
 DEGREES = re.compile(r"(-?\d+(?:\.\d+)?)\s*(?:\^\s*\\circ|\^\{\s*\\circ\s*\}|°)")
 
@@ -632,7 +635,14 @@ def check_records(name: str, records: list[dict], fields: tuple[str, ...]):
                     f"{where}: {field!r} {problem[:80]}; every record needs the non-empty strings "
                     + ", ".join(fields)
                 )
-        require(id not in seen, f"{where}: the id {id!r} occurs twice; ids must be unique")
+        texts = {name: value for name, value in record.items() if isinstance(value, str)}
+        odd = [name for name, text in texts.items() if SURROGATE.search(text)]
+        require(
+            not odd,
+            f"{where}: {', '.join(odd):.80} holds half a character (a lone surrogate), which is no "
+            "text; mend or remove the record",
+        )
+        require(id not in seen, f"{where}: the id {id!r:.80} occurs twice; ids must be unique")
         seen.add(id)
     require(records, f"{name} holds no records; choose another file or data set")
 
@@ -772,34 +782,48 @@ def parse_arguments() -> argparse.Namespace:
     add("--ngram", type=int, default=13, help="words in a row that count as overlap")
     add("--solutions", action="store_true", help="keep chains of thought (for distill.py)")
     add("--overwrite", action="store_true", help="replace --out")
+    parser.error = fail
     args = parser.parse_args()
     names, out = ", ".join(SOURCES), args.out
     require(parse_name(args.data), f"no data set {args.data!r}: give one of {names}")
-    usable = args.overwrite or not Path(out).exists()
-    require(usable, f"{out} exists: choose another --out or pass --overwrite")
+    refuse_unusable(Path(out))
+    fit = Path(out).is_file() or not Path(out).exists()
+    require(fit, f"{out} is no file; --out wants one such as runs/problems.jsonl")
+    written = [path for path in (Path(out), report_beside(Path(out))) if path.exists()]
+    usable = args.overwrite or not written
+    there = " and ".join(map(str, written))
+    require(usable, f"{there} exists: choose another --out or pass --overwrite")
     sizes = args.ngram >= 2 and args.limit >= 0
     require(sizes, "--ngram must be at least 2, and --limit not negative")
     return args
 
 
+def report_beside(out: Path) -> Path:
+    return out.with_suffix(".report.json")
+
+
 def write_records(out: Path, records: Iterable[dict]) -> int:
-    """Write a JSONL file in one go. Returns its number of records; if 0, `out` stays as it was."""
+    """Write a JSONL file in one go. Returns its number of records; if 0, `out` stays as it was.
+
+    Raises SystemExit if that cannot be, or if another process is at it.
+    """
     temporary, kept = out.with_name(out.name + ".tmp"), 0
+    make_folder(out.parent)
+    if refusal := lock(out.with_name(f".{out.name}.lock")):
+        fail(refusal)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "w")
+        with open(temporary, "w") as file:
+            for record in records:
+                if "images" in record:
+                    record["images"] = relative(record["images"], out)
+                file.write(json.dumps(record) + "\n")
+                kept += 1
+        if kept:
+            temporary.replace(out)
     except OSError as error:
-        fail(f"cannot write {temporary} ({error.strerror}); choose another --out")
-    with file:
-        for record in records:
-            if "images" in record:
-                record["images"] = relative(record["images"], out)
-            file.write(json.dumps(record) + "\n")
-            kept += 1
-    if kept:
-        temporary.replace(out)
-    else:
-        temporary.unlink()
+        fail(f"cannot write {temporary} ({error.strerror}); make room, or choose another --out")
+    finally:
+        temporary.unlink(missing_ok=True)
     return kept
 
 
@@ -831,9 +855,9 @@ def main():
         "ngram": args.ngram,
         "overlaps": overlap.report if overlap else [],
     }
-    out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n")
+    report_beside(out).write_text(json.dumps(report, indent=1) + "\n")
     print0("; ".join([f"{out}: {kept} records", *counts_text(dropped)]))
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

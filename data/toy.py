@@ -25,7 +25,9 @@ import random
 import re
 from pathlib import Path
 
-from plumbing.ranks import fail, require
+from plumbing.folder import refuse_place
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 
 NAMES = "ABCDEF"  # few: a tiny model learns to look one up much sooner than with 16 or 26
 DIGITS = "0123456789"
@@ -267,32 +269,40 @@ def parse_arguments(doc: str = __doc__) -> argparse.Namespace:
         add("--terse", type=float, default=0.5, help="share of the solutions that leave steps out")
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="replace what --out already holds")
+    parser.error = fail
     args = parser.parse_args()
-    require(
-        args.overwrite or not (Path(args.out) / "sft.jsonl").exists(),
-        f"{args.out} already holds a toy data set: choose another --out or pass --overwrite",
-    )
+    refuse_occupied(args.out, args.overwrite)
     return args
+
+
+def refuse_occupied(out, overwrite: bool):
+    """Refuse a folder for a data set that has another purpose, or holds such files already."""
+    names = "sft.jsonl", "train.jsonl", "validation.jsonl", "test.jsonl", "model"
+    held = [name for name in names if (refuse_place(str(out)) / name).exists()]
+    require(
+        overwrite or not held,
+        f"{out} already holds {', '.join(held)}: choose another --out or pass --overwrite",
+    )
 
 
 def write_task(args: argparse.Namespace, files: dict[str, list[dict]], tokenizer):
     """Write the files of a task, and model/ with random weights, to --out."""
     out = Path(args.out)
+    model = make_model(tokenizer, args.seed)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for name, records in files.items():
+            if name != "sft":  # reinforcement learning and evaluation see answers only
+                records = [{k: v for k, v in r.items() if k != "solution"} for r in records]
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (out / f"{name}.jsonl").write_text(lines)
+        tokenizer.save_pretrained(out / "model")
+        model.save_pretrained(out / "model")
     except OSError as error:
-        fail(str(error))
-    for name, records in files.items():
-        if name != "sft":  # reinforcement learning and evaluation see answers only
-            records = [{k: v for k, v in record.items() if k != "solution"} for record in records]
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (out / f"{name}.jsonl").write_text(lines)
-    model = make_model(tokenizer, args.seed)
-    tokenizer.save_pretrained(out / "model")
-    model.save_pretrained(out / "model")
+        fail(f"{out} cannot be written ({error.strerror}): make room, or choose another --out")
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
     size = f"{model.num_parameters():,}"
-    print(f"{out}: {counts}; a model of {size} parameters with random weights")
+    print0(f"{out}: {counts}; a model of {size} parameters with random weights")
 
 
 def main():
@@ -309,4 +319,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -5,6 +5,7 @@
     moves               its moves reach the goal                      data/moves.py
     doors               its route succeeds in a world of its own      data/doors.py
     code                its program passes the record's tests         data/code.py
+    world               its actions succeed: a record with a `world`  data/worlds.py
     file.py:function    a function of your own:
 
         def judge(records, answers):    # two lists of equal length: dicts, strings
@@ -21,19 +22,19 @@ answers must be evaluated as far as their golds (of mathematics alone). It retur
 """
 
 import functools
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
-from data import choice, code, doors, moves
+from data import choice, code, doors, moves, worlds
+from data import own as own_files
+from data.own import said
 from plumbing import answers as mathematics
 from plumbing import runner
 from plumbing.answers import GRADER_COUNTS, grade, grader_stats
+from plumbing.calls import forged, tools_of
 from plumbing.ranks import all_gather, fail, require
+from rewards import extract_answer, parse_completion
 
 DEFAULT = "math"
 COUNTS: Counter = Counter()  # what verifiers other than math saw: see `tally`
@@ -70,26 +71,39 @@ def by_tests(records: list[dict], answers: list, salts: list, evaluated: bool) -
     return code.judge(records, answers)
 
 
-# The verifiers by name. Three more dicts hold what only some of them need.
+def by_replay(records: list[dict], answers: list, salts: list, evaluated: bool) -> list[bool]:
+    return [worlds.judge(*one) for one in zip(records, answers, salts)]
+
+
+# The verifiers by name. Four more dicts hold what only some of them need.
 VERIFIERS = {
     "math": by_mathematics,
     "choice": by_option,
     "moves": by_simulation,
     "doors": by_chance,
     "code": by_tests,
+    "world": by_replay,
 }
 # Why a record cannot be judged, or None. (`refusals` asks about golds of "math" side by side.)
 CHECKS = {
-    "choice": choice.check, "moves": moves.check, "doors": doors.check, "code": code.refusal
+    "choice": choice.check, "moves": moves.check, "doors": doors.check, "code": code.refusal,
+    "world": worlds.check,
 }
 # What equal answers share; None for what cannot be read. (`same_answers` lets "math" compare.)
 READ = {"choice": choice.choice_of, "moves": lambda record, answer: moves.moves_of(answer)}
 # Whether a plan gives the answer away. Without an entry: whether it holds the gold's text.
 LEAKS = {"choice": choice.leaks, "moves": moves.leaks}
+# The answer that carrying out a plan amounts to, None if unknown; whether an answer leaves it; and
+# the verdict, which is not counted.
+PLANNED = {
+    "moves": (moves.planned, moves.left, lambda record, answer, salt: moves.judge(record, answer)),
+    "doors": (doors.planned, doors.left, doors.judge),
+    "world": (worlds.planned, worlds.left, worlds.judge),
+}
 
 
 def verifier_of(record: dict) -> str:
-    return record.get("verifier", DEFAULT)
+    return record.get("verifier", "world" if "world" in record else DEFAULT)
 
 
 def verify(
@@ -136,39 +150,25 @@ def tally() -> dict[str, int]:
 # --------------------------------------------------------------------------------------------------
 # Verifiers of the user's own
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def locate(record: dict, data: str):
     """Make `file.py:function` an absolute path. `data` names the file that the record is from."""
-    name = verifier_of(record)
-    file, _, function = name.rpartition(":") if isinstance(name, str) else ("", "", "")
-    for folder in (Path(data).parent, Path(), ROOT) if file else ():
-        if (folder / file).is_file():
-            record["verifier"] = f"{(folder / file).resolve()}:{function}"
-            return
+    for field in {"verifier", "world"} & record.keys():
+        record[field] = own_files.locate(record[field], data)
 
 
 @functools.cache
 def own(name: str) -> Callable | str:
     """The function that `file.py:function` names, or why it cannot be used."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
+    if not name.rpartition(":")[0].endswith(".py"):
         return f"choose one of {', '.join(VERIFIERS)}, or file.py:function"
-    if not Path(file).is_file():
-        return "there is no such file"
-    spec = importlib.util.spec_from_file_location(f"verifier {file}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # of any kind: it is the user's code
-        return f"{Path(file).name} cannot be imported ({said(error)})"
-    found = getattr(module, function, None)
+    found = own_files.load(name)
     if not callable(found):
-        return f"{Path(file).name} has no function {function}"
+        return found
     try:
         inspect.signature(found).bind([], [], **salts_of(found, []))
     except TypeError:
+        function = name.rpartition(":")[2]
         return f"{function} must take records and answers (and salts, if it wants them)"
     return found
 
@@ -176,13 +176,6 @@ def own(name: str) -> Callable | str:
 def salts_of(function: Callable, salts: list[str]) -> dict:
     """The keyword argument `salts`, if the function has one."""
     return {"salts": salts} if "salts" in inspect.signature(function).parameters else {}
-
-
-def said(error: Exception) -> str:
-    """An exception with its place, in short."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    return f"{type(error).__name__} in {place}: {' '.join(str(error).split())[:200]}"
 
 
 def by_function(
@@ -231,6 +224,8 @@ def refusals(records: list[dict]) -> list[str | None]:
         name = verifier_of(record)
         if not isinstance(name, str):
             reasons[i] = f"its verifier is {name!r}, not a name"
+        elif "world" in record and "verifier" in record:
+            reasons[i] = "it names a world and a verifier: leave one of them out"
         elif name == DEFAULT:
             reason = checked[record["answer"]]
             reasons[i] = reason and f"{record['answer'][:60]!r} {reason}"
@@ -273,6 +268,32 @@ def plan_leaks(record: dict, plan: str) -> bool:
     """
     leaks = LEAKS.get(verifier_of(record))
     return leaks(record, plan) if leaks else mathematics.plan_leaks(plan, record["answer"])
+
+
+def reading(record: dict, text: str, tools: tuple = ()) -> tuple:
+    """(blocks or None, answer or None, whether it is forged) of a completion's own `text`.
+
+    One that writes a tool's result itself, where it has `tools` or a world, is malformed. With a
+    world the answer knows what was done. There is none where a plan never closed.
+    """
+    lies = bool(tools_of(record, tools)) and forged(text)
+    answer = worlds.episode(record, text, extract_answer(text, boxed(record)))
+    return None if lies else parse_completion(text), answer, lies
+
+
+def plan_revision(
+    record: dict, blocks, answer: str | None, salt: str
+) -> tuple[bool, bool] | None:
+    """(the plan was wrong, the CoT left it) of a completion's `blocks`; None where it is unknown.
+
+    A plan is wrong if carrying it out does not succeed in the world of this completion.
+    """
+    name = verifier_of(record)
+    if name not in PLANNED or blocks is None or answer is None:
+        return None
+    planned, left, judge = PLANNED[name]
+    plan = planned(record, blocks.plan)
+    return None if plan is None else (not judge(record, plan, salt), left(plan, answer))
 
 
 def restated(record: dict, answer: str) -> bool:

@@ -207,9 +207,12 @@ def shared_beginning(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def pack(
-    sequences: list[list[int]], prompt_lengths: list[int], device, share: bool = True
+    sequences: list[list[int]], prompt_lengths: list[int], device, share: bool = True,
+    given: list[list[int]] = (),
 ) -> Packed:
     """Lay out sequences without padding. The mask marks each one's tokens after its prompt.
+
+    `given`: of each sequence, positions after its prompt that are not marked (what a tool said).
 
     Sequences that begin with the same tokens should be neighbours, as micro_batches orders them.
     Without sequences the result is one row with no marked token: a rank without work still takes
@@ -224,6 +227,8 @@ def pack(
 
     column = np.arange(1, lengths.max())  # position of the token that each column is about
     mask = (column >= np.array(prompt_lengths)[:, None]) & (column < lengths[:, None])
+    for row, said in zip(mask, given):
+        row[np.array(said, dtype=np.int64) - 1] = False
     wanted = np.zeros(len(ids), dtype=bool)
     wanted[places[:, 1:][mask]] = True
     # At least one is computed, and masked away, or no gradient would reach the model.

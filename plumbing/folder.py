@@ -156,10 +156,22 @@ def not_ours(folder: Path) -> list[str]:
     return [path.name for path in found if foreign(path)]
 
 
+def refuse_unusable(path: Path):
+    """Refuse a path that the system does not take: too long a name, links in a circle."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        fail(f"--out {str(path)[:80]} cannot be used ({error.strerror}): choose another --out")
+
+
 def refuse_place(out: str) -> Path:
     """The folder --out. Raises SystemExit if it is empty, or a folder with another purpose."""
     require(out.strip(), "--out is empty: name a folder, such as runs/mine")
-    folder, home = Path(out).resolve(), Path.home()
+    refuse_unusable(Path(out))
+    # Some containers have no home for their user: then it stays "~".
+    folder, home = Path(out).resolve(), Path(os.path.expanduser("~")).resolve()
     what = ""
     if folder == home or folder in home.parents:  # "/" is among them
         what = f"the folder {folder}, which holds more than a run"
@@ -232,12 +244,16 @@ def lock(path: Path) -> str | None:
     if file in held:
         os.close(handle)
         return None
-    text = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    text = ""
     try:
+        text = os.pread(handle, 200, 0).decode(errors="replace").strip()
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(handle)
         return why_no_lock(path, error, holder=text or "another process")
+    if not (path.exists() and os.path.samestat(path.stat(), os.fstat(handle))):
+        os.close(handle)  # another run has removed it meanwhile, with its results
+        return lock(path)
     if text and not text.startswith("process "):
         os.close(handle)
         return f"{path} is no lock of ours: move it away, or choose another --out"

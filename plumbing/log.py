@@ -3,6 +3,7 @@
 `groups` are grpo.Group: a question and its rollouts. `micros` are grpo.MicroBatch.
 """
 
+import itertools
 import math
 
 import torch
@@ -103,6 +104,8 @@ def rollout_records(groups: list, rewards: dict, minis: list, tokenizer, detaile
     note_tokens([micro for mini in minis for micro in mini])
     records = []
     for n, group in enumerate(groups):
+        for r in group.rollouts:
+            r.said = said_spans(tokenizer, r.ids, r.given, r.text)
         details = tokenizer if group.place[1] < detailed else None
         records.append((group.place, rollout_record(group, rewards, n, details)))
     # In the order of sampling, whichever rank has trained on a group.
@@ -117,34 +120,70 @@ def note_tokens(micros: list):
     for micro in micros:
         for row, rollout in enumerate(micro.rollouts):
             mask = micro.packed.mask[row]
-            rollout.entropy = micro.entropy[row][mask].tolist()
+            rollout.entropy = with_gaps(micro.entropy[row][mask].tolist(), rollout.given)
             if micro.ref_logprobs is not None:
                 log_ratio = micro.sampler_logprobs[row] - micro.ref_logprobs[row]
-                rollout.log_ratio = log_ratio[mask].tolist()
+                rollout.log_ratio = with_gaps(log_ratio[mask].tolist(), rollout.given)
+
+
+def with_gaps(figures: list, given: list[int]) -> list:
+    """Figures of a completion's own tokens, with None at the places of replies; none stay none."""
+    figures = list(figures)
+    for place in given if figures else ():
+        figures.insert(place, None)
+    return figures
+
+
+def token_widths(tokenizer, ids: list[int], text: str) -> list[int]:
+    """How many characters of `text` each token covers, leading blanks included.
+
+    A stop token covers 0; of tokens that share a character, the last one covers it.
+    """
+    widths, at = [], 0
+    for piece in tokenizer.batch_decode([[token] for token in ids]):
+        found = text.find(piece.strip(), at, at + len(piece) + 8) if piece.strip() else at
+        end = at if found < 0 else found + len(piece.strip())
+        widths.append(end - at)
+        at = end
+    return widths
+
+
+def said_spans(tokenizer, ids: list[int], given: list[int], text: str) -> list[list[int]]:
+    """Where the text holds replies of tools, [from, to] each; `given`: their places in ids."""
+    if not given:
+        return []
+    ends = list(itertools.accumulate(token_widths(tokenizer, ids, text)))
+    spans = []
+    for before, place in zip([-2, *given], given):
+        if place > before + 1:
+            spans.append([ends[place - 1] if place else 0, 0])
+        spans[-1][1] = ends[place]
+    return spans
 
 
 def token_record(tokenizer, rollout, text: str) -> dict:
     """What each token of a completion looked like to the policy.
 
-    `width`: how many characters of `text` each token covers, leading blanks included. A stop token
-    covers 0; of tokens that share a character, the last one covers it. In hundredths, since
-    integers keep the log small: `surprise` (-logprob of the sampler), `entropy`, and `log_ratio`
-    (logprob minus the reference's). The last two are missing where the update did not compute them.
-    A figure that is not finite, of a diverged policy, is None.
+    `width`: see `token_widths`. In hundredths, since integers keep the log small: `surprise`
+    (-logprob of the sampler), `entropy`, and `log_ratio` (logprob minus the reference's). The last
+    two are missing where the update did not compute them. A figure that is not finite, of a
+    diverged policy, is None; and so are those of tokens that a tool said.
     """
-    widths, at = [], 0
-    for piece in tokenizer.batch_decode([[token] for token in rollout.ids]):
-        found = text.find(piece.strip(), at, at + len(piece) + 8) if piece.strip() else at
-        end = at if found < 0 else found + len(piece.strip())
-        widths.append(end - at)
-        at = end
-    surprise = [-x for x in rollout.logprobs]
+    said, known = set(rollout.given), lambda x: x is not None and math.isfinite(x)
+    surprise = [None if k in said else -x for k, x in enumerate(rollout.logprobs)]
     values = {"surprise": surprise, "entropy": rollout.entropy, "log_ratio": rollout.log_ratio}
-    record = {"width": widths}
+    record = {"width": token_widths(tokenizer, rollout.ids, text)}
     for name, figures in values.items():
         if figures:
-            record[name] = [round(100 * x) if math.isfinite(x) else None for x in figures]
+            record[name] = [round(100 * x) if known(x) else None for x in figures]
     return record
+
+
+def about_calls(rollout) -> dict:
+    """What the log says of a completion with calls, or whose plan is known to be right or wrong."""
+    record = {"said": rollout.said, "forged": rollout.forged}
+    record = record if rollout.given or rollout.forged else {}
+    return record if rollout.revision is None else {**record, "revision": rollout.revision}
 
 
 def rollout_record(group, rewards: dict, index: int, tokenizer=None) -> dict:
@@ -167,6 +206,7 @@ def rollout_record(group, rewards: dict, index: int, tokenizer=None) -> dict:
                 "correct": rollout.correct,
                 "well_formed": rollout.well_formed,
                 "leaks": rollout.leaks,
+                **about_calls(rollout),
                 "reward": terms,
                 "advantage": round(rollout.advantage, 4),
                 "plan_advantage": round(rollout.plan_advantage, 4),
@@ -186,7 +226,8 @@ def show_record(record: dict):
     best = max(record["plans"], key=lambda plan: plan["score"])
     completion = best["completions"][0]
     terms = "  ".join(f"{name} {value:.2f}" for name, value in completion["reward"].items())
-    lines = [f"question   {record['problem'][:300]}", f"gold       {record['answer']}"]
+    lines = [f"question   {line}" for line in record["problem"][:300].splitlines()]
+    lines += [f"gold       {line}" for line in record["answer"][:300].splitlines()]
     lines += [f"completion {line}" for line in completion["text"][:1200].splitlines()]
     advantage = completion["advantage"]
     lines.append(f"plan score {best['score']:.2f}   {terms}   advantage {advantage:+.2f}")

@@ -1,9 +1,11 @@
 """torch.distributed for one process or many. With one process the same calls do nothing."""
 
 import contextlib
+import logging
 import os
 import re
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,10 +16,13 @@ from tqdm import tqdm
 GPU_FILE = Path("/dev/nvidia0")  # exists where Linux has found an NVIDIA GPU
 
 
-# Control characters but tab and newline, marks of writing direction, lone surrogates.
+# Control characters but tab and newline, marks of writing direction, characters that are never
+# shown, lone surrogates.
 UNSAFE = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ud800-\udfff"
+    r"\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # what libraries paint their warnings with
 
 
 def printable(text: str) -> str:
@@ -28,9 +33,32 @@ def printable(text: str) -> str:
     return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+class PrintableRecord(logging.LogRecord):
+    """What a library logs, which may quote a model's or a data set's files."""
+
+    def getMessage(self) -> str:
+        return printable(COLOUR.sub("", super().getMessage()))
+
+
+def printable_warning(*args, plain=warnings.formatwarning, **more) -> str:
+    return printable(plain(*args, **more))
+
+
+def make_screen_safe():
+    """Nothing raw on the terminal from this process's libraries; what it cannot show, as escapes.
+
+    Without the latter, one Chinese character would end a run whose terminal has no UTF-8.
+    """
+    logging.setLogRecordFactory(PrintableRecord)
+    warnings.formatwarning = printable_warning
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a notebook or a test has replaced it
+            stream.reconfigure(errors="backslashreplace")
+
+
 def fail(message: str):
     """End the program with one sentence and exit code 1. (`signals.guarded` prints it once.)"""
-    raise SystemExit(printable(f"error: {message}"))
+    raise SystemExit(printable(f"error: {message}").replace("\n", "\\n"))
 
 
 def require(condition, message: str):
@@ -109,7 +137,7 @@ def print0(*args):
 def progress(total: int, done: int, name: str, unit: str = "step") -> tqdm:
     """A progress bar on rank 0; none on other ranks, and none where the output is no terminal."""
     hidden = None if rank() == 0 else True
-    return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden)
+    return tqdm(total=total, initial=done, desc=printable(name), unit=unit, disable=hidden)
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Rank 0 appends whole lines, and --resume skips the records that are there.
 import json
 from pathlib import Path
 
-from plumbing.folder import append_jsonl, hold, make_folder
+from plumbing.folder import append_jsonl, hold, make_folder, refuse_unusable
 from plumbing.ranks import all_gather, barrier, fail, rank, require
 
 
@@ -25,19 +25,37 @@ class Records:
         may share. By default it is beside the file.
         """
         self.path, self.config, self.key = Path(path), config, key
+        self._refuse_occupied()
         self.lock = lock or self.path.with_name(f".{self.path.name}.lock")
         self.done = None
-        self._refuse_occupied()
 
     def _refuse_occupied(self):
+        refuse_unusable(self.path)
         example = self.path / "plans.jsonl"
         require(not self.path.is_dir(), f"{self.path} is a folder; give a file such as {example}")
+        fit = self.path.is_file() or not self.path.exists()
+        require(fit, f"{self.path} is a device or a pipe; choose another --out")
         holds_records = self.path.exists() and self.path.stat().st_size
         require(
             self.config.overwrite or self.config.resume or not holds_records,
             f"{self.path} already holds records: choose another --out, pass --resume to go on, or "
             "--overwrite to replace it",
         )
+        require(
+            not (self.config.overwrite and holds_records) or self._is_ours(),
+            f"{self.path} does not hold records of ours, which alone --overwrite replaces: move it "
+            "away, or choose another --out",
+        )
+
+    def _is_ours(self) -> bool:
+        """Whether the first line is a record, or the beginning of one that was cut off."""
+        with open(self.path, "rb") as file:
+            line = file.readline(1 << 26)
+        try:
+            record = json.loads(line)
+            return isinstance(record, dict) and all(name in record for name in self.key)
+        except ValueError:
+            return line.startswith(b'{"') and not line.endswith(b"\n")
 
     def open(self) -> set[tuple[str, ...]]:
         """Lock the file. Returns the keys of its finished records, the same on every rank.

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from plumbing.ranks import all_max, printable, rank, world_size
+from plumbing.ranks import all_max, make_screen_safe, printable, rank, world_size
 
 STOPPED = 75  # exit code of a run that was asked to stop and saved: EX_TEMPFAIL, "try again later"
 
@@ -104,6 +104,7 @@ def guarded(main):
     that they lost.
     """
     code, message, orderly = 1, "", False
+    make_screen_safe()
     try:
         main()
         code, orderly = 0, True

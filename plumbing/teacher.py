@@ -15,9 +15,13 @@ except ImportError:
     import httpx
 
 from plumbing.ranks import fail, require
+from plumbing.weights import in_short
 
 UNANSWERED = "unanswered"  # begins the reason of a failure that may pass: one can ask again later
-MAX_REPLY = 10_000_000  # bytes
+# Bytes of a reply, which is never unpacked. Read as JSON it can take 30 times as much memory, but
+# only one is read at a time.
+MAX_REPLY = 2_000_000
+HIDDEN = "[the key]"  # instead of the key where a server repeats it: logs and plans are published
 
 
 class Server:
@@ -34,7 +38,11 @@ class Server:
             key.isascii() and key.isprintable(),
             "DISTILL_API_KEY holds characters that a key cannot have; set it again",
         )
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # A packed reply could unpack to a thousand times its size. So plain ones are asked for.
+        self.headers = {"Accept-Encoding": "identity"}
+        if key:
+            self.headers["Authorization"] = f"Bearer {key}"
+        self.key = key if len(key) >= 8 else ""  # shorter ones, such as EMPTY, are no secrets
         self.tls = httpx.create_ssl_context()  # once, because it reads all certificates
 
     def ask(self, message: str) -> tuple[str | None, str | None]:
@@ -61,13 +69,20 @@ class Server:
             status, headers, body = asyncio.run(asyncio.wait_for(self.post(message), seconds))
         except TimeoutError:
             return None, f"{UNANSWERED} (no answer within {seconds:g} s)", 0
-        except (httpx.HTTPError, OSError) as error:
-            return None, f"{UNANSWERED} ({type(error).__name__})", 0
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            said = self.without_key(f"{type(error).__name__}: {in_short(error)}")
+            return None, f"{UNANSWERED} ({said})", 0
         if len(body) > MAX_REPLY:
             return None, f"{UNANSWERED} (a reply of more than {MAX_REPLY} bytes)", 0
+        packing = headers.get("Content-Encoding") or "identity"
+        if packing.strip().lower() != "identity":
+            return None, f"{UNANSWERED} (a reply packed by {packing[:30]}, not asked for)", 0
+        if self.key:
+            body = body.replace(self.key.encode(), HIDDEN.encode())
         if status == 200:
-            return *reply_text(body), 0
-        words = servers_words(body)
+            text, reason = reply_text(body)
+            return text and self.without_key(text), reason, 0
+        words = self.without_key(servers_words(body))
         if status in (400, 413, 422):  # this request, not the account: others may be fine
             return None, f"refused by the server (HTTP {status}): {words}", 0
         if status in (408, 429) or status >= 500:
@@ -79,6 +94,10 @@ class Server:
             f"{self.config.teacher} answers {status}: check the base URL, --teacher_model and "
             "DISTILL_API_KEY (its credit too), then go on with --resume; the server says: " + words
         )
+
+    def without_key(self, text: str) -> str:
+        """A server's text without the key."""
+        return text.replace(self.key, HIDDEN) if self.key else text
 
     async def post(self, message: str) -> tuple[int, httpx.Headers, bytes]:
         """Send one chat request. Returns the status, the headers and the body of the answer.
@@ -98,7 +117,7 @@ class Server:
             call = client.stream("POST", self.url, json=request, headers=self.headers)
             async with call as response:
                 body = bytearray()
-                async for piece in response.aiter_bytes():
+                async for piece in response.aiter_raw():  # not unpacked
                     body += piece
                     if len(body) > MAX_REPLY:
                         break
@@ -113,6 +132,11 @@ def chat_url(base: str) -> httpx.URL:
     except httpx.InvalidURL:
         url = httpx.URL("")
     require(url.host, f"--teacher {base} is no address; give one such as http://localhost:8000/v1")
+    require(
+        not url.userinfo,
+        "--teacher holds a user's name or password, which would be printed: leave it out, and set "
+        "DISTILL_API_KEY",
+    )
     return url
 
 
@@ -146,7 +170,7 @@ def servers_words(body: bytes) -> str:
     except (ValueError, RecursionError):
         pass
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= 300 else text[:300] + " …"
+    return (text if len(text) <= 300 else text[:300] + " …") or "nothing"
 
 
 def as_finished(ask: Callable, records: list, threads: int) -> Iterator[tuple]:

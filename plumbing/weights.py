@@ -2,13 +2,17 @@
 
 Whatever is wrong with the files is said in one sentence that names the remedy. Code that comes with
 a model is never run: without trust_remote_code=False in every from_pretrained and from_config,
-transformers would ask on the terminal, and run it after a `y`.
+transformers would ask on the terminal, and run it after a `y`. Pickles are never loaded, because
+loading one can run code, too.
 """
 
 import contextlib
 import functools
 import json
 import os
+import resource
+import signal
+import threading
 from pathlib import Path
 
 import torch
@@ -17,6 +21,11 @@ import torch.distributed as dist
 from plumbing.ranks import barrier, fail, print0, rank, require
 
 SLOW_BILLIONS = 1.0  # parameters from which on a CPU is no place for a model
+NO_PICKLES = "pickles, such as pytorch_model.bin, are never loaded"
+INDEX = "model.safetensors.index.json"
+MOST_LAYERS = 2000
+SIZES = "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "vocab_size"
+TEMPLATE_LIMITS = 20.0, 2 << 30  # seconds and bytes that a chat template may take for one prompt
 
 # --------------------------------------------------------------------------------------------------
 # Refusals
@@ -62,16 +71,139 @@ def of_usable_weights(load):
 
         try:
             return load(path, *args, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             refuse_code(path, error)
             remedy = (
                 "copy the model's files there again"
                 if Path(path).is_dir()
                 else "check the network, the model's id and the free disk space"
             )
+            if "model.safetensors" in str(error):  # is missing
+                remedy = f"{NO_PICKLES}: convert them to safetensors, or choose another model"
             fail(f"no usable weights at {path!r} ({in_short(error)}); {remedy}")
 
     return run
+
+
+@contextlib.contextmanager
+def without_pickles():
+    """Inside, torch.load refuses: a model's list of files may name pickles among the others."""
+    load = torch.load
+
+    def refuse(file, *args, **options):
+        fail(f"{file} is no safetensors file; {NO_PICKLES}: convert it, or choose another model")
+
+    torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
+def check_folder(path: str):
+    """Refuse a model's folder that leads out of itself, or that cannot be read to an end."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for file in folder.iterdir():  # a pipe would be waited for, and /dev/zero has no end
+        require(
+            file.is_file() or file.is_dir() or not file.exists(),
+            f"{file} is neither a file nor a folder: copy the model's files there again",
+        )
+    files = read_object(folder / INDEX).get("weight_map")
+    for name in files.values() if isinstance(files, dict) else ():
+        require(
+            isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors"),
+            f"{folder / INDEX} names {name!r:.80}, which is no safetensors file of this folder: "
+            "copy the model's files there again",
+        )
+    settings = read_object(folder / "config.json")
+    for part in (settings, settings.get("text_config")):
+        if isinstance(part, dict):
+            check_settings(path, part)
+
+
+def read_object(file: Path) -> dict:
+    """The object in a JSON file; {} where there is none that can be read."""
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def check_settings(path: str, settings: dict):
+    """Refuse a config.json by what transformers would make of it as soon as it reads it."""
+    sizes = {name: settings[name] for name in SIZES if isinstance(settings.get(name), int)}
+    odd = [f"{name} {size}" for name, size in sizes.items() if size < 1]
+    if sizes.get(SIZES[0], 1) > MOST_LAYERS:  # transformers would list them all
+        odd.append(f"{SIZES[0]} {sizes[SIZES[0]]}")
+    require(not odd, f"{path} cannot have {', '.join(odd):.80}: copy its own config.json there")
+    file = settings.get("transformers_weights") or ".safetensors"
+    require(
+        str(file).endswith((".safetensors", ".safetensors.index.json")),
+        f"{path} names {file!r:.80} for its weights, which is no safetensors file: {NO_PICKLES}",
+    )
+    kernels = [f"{value}" for name, value in settings.items() if "implementation" in name]
+    require(
+        not any("/" in kernel for kernel in kernels),
+        f"{path} names a kernel on the hub, and code that comes with a model is never run here: "
+        f"take {', '.join(kernels):.80} out of its config.json, or choose another model",
+    )
+    require(
+        not settings.get("quantization_config"),
+        f"{path} is quantised, which cannot be trained here: choose the same model in plain form",
+    )
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, size: int):
+    """Inside, Python code ends with an error after so many seconds, or bytes of further memory.
+
+    Where that can be had: on the main thread, and where /proc tells how much memory is taken.
+    """
+
+    def too_long(*_):
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    main, statm = threading.current_thread() is threading.main_thread(), Path("/proc/self/statm")
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if statm.exists():
+        most = int(statm.read_text().split()[0]) * resource.getpagesize() + size
+        most = most if limit == resource.RLIM_INFINITY else min(most, limit)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    if main:
+        before = signal.signal(signal.SIGALRM, too_long)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def check_template(path: str, tokenizer):
+    """Refuse a chat template that raises, or takes long or much memory for one prompt.
+
+    jinja2's sandbox keeps it from everything else.
+    """
+    user = {"role": "user", "content": "1 + 1"}
+    turns, render = [{"role": "system", "content": "Add."}, user], tokenizer.apply_chat_template
+    try:
+        with bounded(*TEMPLATE_LIMITS):
+            try:
+                render(turns, tokenize=False)
+            except Exception as error:
+                if "role" not in str(error).lower():  # Gemma's refuses a system turn
+                    raise
+                render([user], tokenize=False)
+    except Exception as error:  # of many kinds: a template is a program
+        fail(
+            f"the chat template of {path} cannot be used ({in_short(error)}): mend it, or choose "
+            "another model"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -87,6 +219,7 @@ def load_config(path: str):
 
     require(not Path(path).is_file(), f"{path} is a file: give the folder with the model's files")
     try:
+        check_folder(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # of many kinds, where config.json is damaged
         refuse_code(path, error)
@@ -101,8 +234,17 @@ def load_config(path: str):
             f"{path} brings Python code, which is not run: transformers' own {config.model_type} "
             "is used"
         )
+    text = config.get_text_config()
     require(
-        not getattr(config.get_text_config(), "attn_logit_softcapping", None),
+        hasattr(text, "to_dict"),
+        f"{path} has a text_config that its kind of model does not have: copy the model's own "
+        "config.json there",
+    )
+    for part in (config, text):  # of the hub's models, nothing has been looked at before
+        kernel = getattr(part, "_attn_implementation", None)
+        check_settings(path, {**vars(part), "implementation": kernel})
+    require(
+        not getattr(text, "attn_logit_softcapping", None),
         f"{path} caps its attention scores (Gemma 2), which plumbing/attention.py does not do; "
         "choose another model",
     )
@@ -136,13 +278,12 @@ def why_no_config(path: str, error: Exception) -> str:
             f"the folder {path} holds no config.json, so no model: copy the model's files there, "
             "or give the folder that holds them"
         )
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a hub id, no JSON, no object
-        kind = json.loads(file.read_text()).get("model_type")
-        if kind and kind not in CONFIG_MAPPING:
-            return (
-                f"{file} names the model_type {kind!r}, which this transformers does not know: "
-                "install a version that does, or choose another model"
-            )
+    kind = read_object(file).get("model_type")
+    if kind and (not isinstance(kind, str) or kind not in CONFIG_MAPPING):
+        return (
+            f"{file} names the model_type {kind!r:.80}, which this transformers does not know: "
+            "install a version that does, or choose another model"
+        )
     return f"{file} cannot be used ({in_short(error)}); copy the model's own there again"
 
 
@@ -229,15 +370,19 @@ def read_model(path: str, dtype):
     """
     from transformers import AutoConfig
 
+    check_folder(path)
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # which a hub service would do
     kind = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    model, report = kind.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # to say it in a sentence of our own
-    )
+    with without_pickles():
+        model, report = kind.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to say it in a sentence of our own
+        )
     for name, stored, wanted in sorted(report["mismatched_keys"]):
         refuse_shape(name, stored, wanted)
     refuse_missing(path, report["missing_keys"])

@@ -54,8 +54,9 @@ def show_question(records: dict[str, list[dict]]):
     learned = lambda i: first("pta", i)["correct"] and not first("sft", i)["correct"]
     shown = next(filter(learned, range(len(records["sft"]))), 0)
     banner("one question, before and after RL")
-    print0(f"question  {records['sft'][shown]['problem']}")
-    print0(f"gold      {records['sft'][shown]['answer']}")
+    for title, name in (("question", "problem"), ("gold", "answer")):
+        for line in records["sft"][shown][name].splitlines():
+            print0(f"{title:8}  {line}")
     for name in ("sft", "pta"):
         sample = first(name, shown)
         print0(f"{TITLES[name]} ({'right' if sample['correct'] else 'wrong'}):")

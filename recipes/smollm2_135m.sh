@@ -18,9 +18,10 @@ GPUS=${GPUS:-1}  # processes; with one, no torchrun
 # other. minutes: of SFT, of each RL, of the base model's evaluation, of another's, of an analysis.
 case "$SIZE" in
     small)
-        SFT_RECORDS=600 QUESTIONS=4 STEPS=${STEPS:-30} MICRO=2500 SAVE=5 minutes=(13 20 2 4 4)
-        data=(--train 2000 --test 300) sft=(--epochs 1 --lr 1e-4 --batch_size 16 --warmup_steps 4)
-        rl=(--lr 2e-5 --warmup_steps 3 --eval_every 0)
+        SFT_RECORDS=700 QUESTIONS=4 STEPS=${STEPS:-24} MICRO=2500 SAVE=5 minutes=(16 28 2 4 4)
+        data=(--train 400 --test 300 --largest 100)
+        sft=(--epochs 1 --lr 2e-4 --batch_size 8 --warmup_steps 8)
+        rl=(--lr 4e-5 --warmup_steps 3 --eval_every 0)
         TEST=(--n 2) BASE=(--n 1 --limit 60) PLANS=(--n 16 --limit 40)
         ;;
     large)
@@ -55,13 +56,6 @@ train=(--tokens_per_micro_batch "$MICRO" --activation_checkpointing false --save
 stage sft "${minutes[0]}" "$RUN/sft/model" "${launch[@]}" sft.py --model "$RUN/base" \
     --data "$RUN/plans.jsonl" --out "$RUN/sft" --limit 0 --eval_every 10 --val_size 16 \
     "${sft[@]}" "${train[@]}"
-rl+=(--model "$RUN/sft/model" --data "$RUN/data/train.jsonl" --questions "$QUESTIONS" --limit 0
-    --eval_data "$RUN/data/validation.jsonl" --show_every 5 --kl_coef 0.01 "${limits[@]}"
-    "${train[@]}")
-stage grpo "${minutes[1]}" "$RUN/grpo/model" "${launch[@]}" grpo.py "${rl[@]}" --out "$RUN/grpo" \
-    --plans 12 --cots 1 --beta 0 --steps "$STEPS"
-stage pta "${minutes[1]}" "$RUN/pta/model" "${launch[@]}" grpo.py "${rl[@]}" --out "$RUN/pta" \
-    --plans 4 --cots 3 --beta 0.5 --steps "$TREE_STEPS"
 
 # Temperature 1, without top-p: the policies as they were trained. A lower one hides differences.
 # evaluate NAME MINUTES MODEL FLAGS
@@ -71,7 +65,17 @@ evaluate() {
         "${@:4}" --resume
 }
 evaluate eval_base "${minutes[2]}" base "${BASE[@]}"
-for name in sft grpo pta; do
+evaluate eval_sft "${minutes[3]}" sft/model "${TEST[@]}"
+
+rl+=(--model "$RUN/sft/model" --data "$RUN/data/train.jsonl" --questions "$QUESTIONS" --limit 0
+    --eval_data "$RUN/data/validation.jsonl" --show_every 5 --kl_coef 0.01 "${limits[@]}"
+    "${train[@]}")
+stage grpo "${minutes[1]}" "$RUN/grpo/model" "${launch[@]}" grpo.py "${rl[@]}" --out "$RUN/grpo" \
+    --plans 12 --cots 1 --beta 0 --steps "$STEPS"
+stage pta "${minutes[1]}" "$RUN/pta/model" "${launch[@]}" grpo.py "${rl[@]}" --out "$RUN/pta" \
+    --plans 4 --cots 3 --beta 0.5 --steps "$TREE_STEPS"
+
+for name in grpo pta; do
     evaluate "eval_$name" "${minutes[3]}" "$name/model" "${TEST[@]}"
 done
 for name in sft pta; do

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from eval import compare, summarise
-from plumbing.folder import make_folder
-from plumbing.ranks import print0, require
+from plumbing.folder import make_folder, refuse_unusable
+from plumbing.ranks import fail, print0, require
+from plumbing.signals import guarded
 from report.figures import RL_GROUPS, SFT_GROUPS, curves_html, pictures
 from report.runs import (
     Run,
@@ -121,6 +122,29 @@ def plans_table(evals: list[Run]) -> str:
     return dict_table("How much the plan decides", rows, " ".join(notes)) if rows else ""
 
 
+def revisions_table(evals: list[Run]) -> str:
+    """What became of plans that were wrong, of the evaluations where that is known."""
+    rows = []
+    for run in evals:
+        summary = summarise(run.records)
+        benchmarks = summary.get("benchmarks", {run.records[0].get("benchmark", ""): summary})
+        for name, figures in benchmarks.items():
+            share = lambda key: percent(figures[key]) if key in figures else "–"
+            if "revisions" in figures:
+                rows.append({
+                    "evaluation": run.name,
+                    "benchmark": Path(name).name,
+                    "samples": figures["revisions"],
+                    "the plan was wrong": share("plan_wrong"),
+                    "the CoT left it": share("wrong_left"),
+                    "right after leaving": share("left_right"),
+                    "good plans left": share("good_left"),
+                })
+    note = "A plan was wrong if carrying it out would not have succeeded in its sample's world. "
+    note += "Each share is of the one before it, the last one of samples with good plans."
+    return dict_table("What becomes of wrong plans", rows, note) if rows else ""
+
+
 def comparison_table(evals: list[Run]) -> str:
     """Paired differences of every two evaluations, the later one minus the earlier one."""
     rows, notes = [], []
@@ -204,7 +228,7 @@ def machines_table(training: list[Run]) -> str:
 def summary_html(training: list[Run], evals: list[Run]) -> str:
     """All tables of the page."""
     rl, sft = [r for r in training if is_rl(r)], [r for r in training if not is_rl(r)]
-    tables = evaluations_table, plans_table, comparison_table
+    tables = evaluations_table, plans_table, revisions_table, comparison_table
     parts = [make(evals) for make in tables] if evals else []
     parts += [rl_table(rl)] if rl else []
     # SFT and RL share few settings, so each kind has a table of its own.
@@ -292,12 +316,23 @@ def parse_arguments() -> argparse.Namespace:
         "--pictures", type=Path, metavar="FOLDER",
         help="also write FOLDER/curves.svg and FOLDER/tree.png",
     )
+    parser.error = fail
     args = parser.parse_args()
     example = args.out / "report.html"
+    refuse_unusable(args.out)
     require(not args.out.is_dir(), f"{args.out} is a folder; --out wants a file such as {example}")
+    ours = not args.out.exists() or args.out.is_file() and is_page(args.out)
+    require(ours, f"{args.out} is no page of ours: move it away, or choose another --out")
     require(0 <= args.watch < math.inf, "--watch must be a number of seconds")
     require(0 < args.page_mb < math.inf, "--page_mb must be a number above 0")
     return args
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is empty, or a page that `build` wrote."""
+    with open(file, "rb") as opened:
+        beginning = opened.read(1000)
+    return not beginning or b"<title>PTA-GRPO: " in beginning
 
 
 def sizes(paths: list[str]) -> list[tuple[Path, int]]:
@@ -340,4 +375,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

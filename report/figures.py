@@ -42,6 +42,12 @@ RL_GROUPS = {  # heading -> metric -> its meaning
         "best_cots": "CoTs per plan for the most precise plan gradient at an equal token budget",
         "credit_corr": "correlation of the advantages with and without the plan reward",
     },
+    "What becomes of wrong plans": {
+        "plan_wrong": "share of CoTs whose plan would not have succeeded in their world",
+        "wrong_left": "share of these that left the plan",
+        "left_right": "share of those that were right",
+        "good_left": "share of CoTs with a good plan that left it",
+    },
     "Policy": {
         "entropy": "nats per token",
         "kl": "to the reference, k3 estimate per token",
@@ -53,6 +59,9 @@ RL_GROUPS = {  # heading -> metric -> its meaning
     },
     "Length": {
         "completion_tokens": "plan and CoT",
+        "given_tokens": "said by tools and worlds, which the others do not count",
+        "calls": "answered, per completion",
+        "forged": "share of completions that wrote a result themselves",
         "plan_tokens": "of plans that closed",
         "format_rate": "share of well-formed completions",
         "truncated": "share of completions cut off at their limit",

@@ -345,7 +345,8 @@ def page_question(records: dict[int, dict], samples: int) -> dict:
     runs = []
     for i, record in records.items():
         shown = [
-            {**cut_text(s["completion"]), "correct": s["correct"], "tokens": s["tokens"]}
+            {**cut_text(s["completion"]), "correct": s["correct"], "tokens": s["tokens"],
+             "said": s.get("said", [])}
             for s in record["samples"][:samples]
         ]
         right = sum(s["correct"] for s in record["samples"])

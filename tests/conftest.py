@@ -69,3 +69,42 @@ def tiny():
     """tiny(family) -> the family's model, made once."""
     models = {}
     return lambda family="qwen2": models.setdefault(family, make_tiny(family))
+
+
+@pytest.fixture(scope="session")
+def toy_files(tmp_path_factory):
+    """A folder with toy data, plans and a model with random weights."""
+    from bench.strangers_inputs import prepare
+
+    folder = tmp_path_factory.mktemp("toy")
+    prepare(folder)
+    return folder / "base"
+
+
+@pytest.fixture
+def work(toy_files, tmp_path):
+    """A folder with base/, as bench/strangers_inputs.py wants it."""
+    (tmp_path / "base").symlink_to(toy_files)
+    return tmp_path
+
+
+class Exit(BaseException):
+    """Stands for os._exit: nothing of a script's own runs after it."""
+
+
+@pytest.fixture
+def tried(monkeypatch, capfd):
+    """tried(main): its exit code and all that is printed, when it is called as scripts call it."""
+    from plumbing import signals
+
+    def leave(code):
+        raise Exit(code)
+
+    def call(main):
+        monkeypatch.setattr(sys, "argv", sys.argv)
+        monkeypatch.setattr(signals.os, "_exit", leave)
+        with pytest.raises((Exit, SystemExit)) as left:
+            signals.guarded(main)
+        return left.value.args[0], "".join(capfd.readouterr())
+
+    return call

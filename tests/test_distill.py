@@ -14,11 +14,15 @@ import pytest
 
 import distill
 from conftest import ROOT
+from data.code import ANSWER
+from data.code import judge as code_judge
 from data.toy import make_model, make_problems, make_tokenizer, plan_of
+from data.verifiers import boxed
 from distill import Config, rejection
 from plumbing import signals, teacher
 from plumbing.records import Records
 from plumbing.signals import STOPPED
+from rewards import build_completion, extract_answer
 
 CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -107,13 +111,47 @@ def test_rule_teacher_writes_plan_records(problems, run, out, capsys):
     assert "12 plans kept, 0 dropped" in capsys.readouterr().out
 
 
-def test_plan_records_keep_the_verifier(problems, run, out):
-    """sft.py asks it whether answers belong into a box."""
-    path, records = problems
-    records[0]["verifier"] = "code"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+def test_a_program_is_answered_with_itself_and_not_with_the_gold_that_stands_for_all(
+    problems, run, out, dropped, monkeypatch
+):
+    """Records of `code` have "a program that passes its tests" for a gold, and tests."""
+    program = "print(sum(map(int, input().split())))"
+    block = lambda program: f"```python\n{program}\n```"
+    tests = {"fn": None, "inputs": ["3 4\n", "1 1\n"], "outputs": ["7\n", "2\n"]}
+    solutions = {
+        "good": f"First we might print(7). No: add them.\n{block(program)}\n",
+        "alone": program,
+        "in the midst": f"Take\n{block(program)}\nwhich adds them.",
+        "wrong": f"It is 7.\n{block('print(7)')}",
+        "words": "Add the two numbers.",
+        "no tests": block(program),
+    }
+    code = {"problem": "Add two numbers.", "answer": ANSWER, "verifier": "code", "tests": tests}
+    rows = [{**code, "id": name, "solution": text} for name, text in solutions.items()]
+    del rows[-1]["tests"]
+    problems[0].write_text("".join(json.dumps(row) + "\n" for row in [*rows, problems[1][0]]))
+    monkeypatch.setattr(distill, "plan_of", lambda record: "Read, then add.")
     run()
-    assert [plan.get("verifier") for plan in read(out)] == ["code"] + [None] * 11
+    plans = {plan.pop("id"): plan for plan in read(out)}
+    assert list(plans) == ["good", "alone", "in the midst", problems[1][0]["id"]]
+    thoughts = ["First we might print(7). No: add them.", program, solutions["in the midst"]]
+    for (name, plan), thought in zip(plans.items(), thoughts):
+        assert plan["verifier"] == "code" and plan["answer"] == block(program)
+        assert plan["think"] == thought, name
+        target = build_completion(plan["plan"], plan["think"], plan["answer"], boxed(plan))
+        assert code_judge([code], [extract_answer(target, boxed(plan))]) == [True]
+    assert {row["id"]: row["reason"] for row in read(dropped)} == dict.fromkeys(
+        ("wrong", "words", "no tests"), "no program in the CoT that passes the tests"
+    )
+
+
+FLOODS = {"x" * 601: "longer than 30 words", "Add \ud800.": "control characters in the plan"}
+FLOODS |= {"Add\x1b[2J.": "control characters in the plan", "Add\r\n\tthem. \u200f": None}
+
+
+@pytest.mark.parametrize("plan, reason", FLOODS.items())
+def test_plans_that_are_no_text_for_a_tokenizer_are_dropped(plan, reason):
+    assert rejection(plan, {"answer": "42"}, 30) == reason
 
 
 def test_a_stopped_run_goes_on_without_losing_or_repeating(problems, run, out, dropped, capsys):

@@ -143,3 +143,14 @@ def test_all_stages_run_on_it(tmp_path, monkeypatch):
         for s in record["samples"]:
             assert s["correct"] == moves.judge(problems[record["id"]], s["answer"])
             assert not s["restated"] and (s["vote"] == "right") == s["correct"]
+
+
+def test_a_plan_is_carried_out_from_turn_to_turn():
+    record = {"problem": "from A4 to C2 ; walls A3 B2 D5 E1 E3 ; ?", "answer": "-"}
+    assert moves.planned(record, "via B4 via B3 via C3 via C2") == "right up right up"
+    assert moves.planned(record, "via B3") == "" == moves.planned(record, "anywhere")
+    assert not moves.judge(record, moves.planned(record, "via A2 via C2"))  # through a wall
+    assert moves.left("right up", "right right") and not moves.left("right up", " Right, up ")
+    for one in moves.make_problems("train", 40):  # the authors' own plans
+        walked = " ".join(one["solution"].split()[0::2])
+        assert moves.planned(one, moves.plan_of(one["solution"])) == walked

@@ -171,6 +171,27 @@ def analysed(tmp_path_factory):
     return root / "page.html"
 
 
+ACTED = "<act> B </act> <result> shut </result> <act> C </act> <result> <b>open</b> </result> well"
+
+
+@pytest.fixture(scope="module")
+def acted(tmp_path_factory):
+    """The page of a run whose CoTs act, and of an evaluation of them."""
+    root, first = tmp_path_factory.mktemp("acted"), completion(think=ACTED)
+    at = first["text"].index(ACTED)
+    spans = [(at + ACTED.index(" <result>", k), at + ACTED.index("</result>", k) + 9)
+             for k in (0, ACTED.index("<act> C"))]
+    first |= {"said": spans, "forged": False, "revision": [True, True]}
+    write(root / "pta/metrics.jsonl", [{**metric(1), "plan_wrong": 0.5, "wrong_left": 0.25}])
+    write(root / "pta/rollouts.jsonl", [tree(1, "q", [first, wrong(forged=True)])])
+    samples = [{**eval_sample(first["text"]), "said": spans, "revision": [True, True]}]
+    samples.append({**eval_sample(correct=False), "revision": [True, False]})
+    head = {"benchmark": "data/walk", "problem": "p", "answer": "4", "id": "w"}
+    write(root / "eval/records.jsonl", [{**head, "samples": samples}])
+    report.build([str(root)], root / "page.html")
+    return root / "page.html"
+
+
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory):
     """The page of two rows of three seeds of different lengths, and of a run of another lr."""
@@ -284,6 +305,13 @@ def test_how_much_the_plan_decides(analysed):
     assert row[2:7] == ["2 × 2 × 3", "±0.47", "±0.41", "4.0", "10.0"]
     advice = json.loads((analysed.parent / "eval/summary.json").read_text())["plans"]["data/toy"]
     assert html.escape(advice["advice"]) in text
+
+
+def test_what_becomes_of_wrong_plans(acted, page):
+    part = acted.read_text().partition("What becomes of wrong plans")[2].partition("</table>")[0]
+    row = ["walk", "2", "100.0 %", "50.0 %", "100.0 %", "–"]
+    assert re.findall(r"<td>(.*?)</td>", part) == row
+    assert "What becomes of wrong plans" not in page.read_text()
 
 
 def test_runs_without_plan_metrics_render_as_before(page):
@@ -745,6 +773,26 @@ def test_a_tree_says_how_much_its_plans_decide(browser, analysed):
     assert "of its plan" not in summaries[2]  # equal: said once
     choose(tab, step="2")
     assert tab.locator("#tree > .note").count() == 0 and tab.locator("#tree .card").count() == 2
+    tab.close()
+
+
+def test_an_episode_is_shown_as_steps_with_replies_apart(browser, acted):
+    tab = browser.new_page()
+    tab.goto(acted.as_uri())
+    first = tab.locator("#tree details >> nth=0")
+    assert first.locator(".flag").all_inner_texts() == ["plan was wrong", "plan left"]
+    first.locator("summary").click()
+    steps = first.locator(".steps li")
+    steps.first.wait_for()
+    assert steps.count() == 3
+    assert first.locator(".said").all_inner_texts() == ["shut", "<b>open</b>"]
+    own = first.locator(".steps .text:not(.said)").all_inner_texts()
+    assert [text.strip() for text in own] == ["<act> B </act>", "<act> C </act>", "well"]
+    choose(tab, filter="forged")
+    assert tab.locator("#tree .flag").all_inner_texts() == ["result forged"]
+    choose(tab, filter="left")
+    assert tab.locator("#tree details").count() == 1
+    assert tab.locator("#answers .steps li").count() == 3
     tab.close()
 
 

@@ -29,7 +29,7 @@ from data.sources import (
 from data.toy import make_tokenizer
 from data.verifiers import verify
 from data.vision import ENTRIES
-from model_utils import encode_prompt
+from model_utils import encode_question
 from plumbing.answers import last_box
 
 WITH_COT = ("problem", "answer", "solution")
@@ -751,7 +751,7 @@ def test_hub_data_comes_from_the_pinned_commit(monkeypatch):
 
 
 def test_ungradable_golds_of_hub_data_are_left_out_and_counted(tmp_path, capsys):
-    encode = functools.partial(encode_prompt, make_tokenizer())
+    encode = functools.partial(encode_question, make_tokenizer())
     load = lambda name: load_gradable(name, encode, max_prompt_tokens=100, limit=0, seed=0)
     golds = ["1", "\\frac{1}{", "2", "\\frac{1}{"]
     rows = [{"problem": "A ?", "answer": gold, "id": str(i)} for i, gold in enumerate(golds)]

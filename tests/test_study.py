@@ -1,5 +1,6 @@
 """The study's page: its test over seeds and problems, curves cut at budgets, and words that fit."""
 
+import json
 import math
 import xml.etree.ElementTree as ET
 
@@ -70,6 +71,40 @@ def test_holm_by_hand():
     # Sorted: 0.01 x 4, 0.02 x 3, 0.04 x 2 = 0.08, then 0.05 x 1 is raised to 0.08.
     assert holm([0.02, 0.05, 0.01, 0.04]) == pytest.approx([0.06, 0.08, 0.04, 0.08])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_costs_are_medians_of_steps_and_alike_rows_share_theirs(tmp_path, monkeypatch, capsys):
+    """Seconds per decoded token: 8 steps of 100 tokens each; the first is slow, as imports are."""
+    for name in ("RESULTS", "COSTS", "RUNS"):
+        monkeypatch.setattr(study, name, tmp_path / getattr(study, name).name)
+    monkeypatch.setattr(study, "MAIN_ROWS", {"a": "--plans 4 --cots 3", "b": "--plans 4 --cots 3 "
+                        "--beta 0", "c": "--plans 12 --cots 1"})
+    monkeypatch.setattr(study, "MORE_ROWS", {})
+    monkeypatch.setattr(study, "SEEDS", dict.fromkeys("abc", 1))
+    steps = {"a": [9, 1, 1, 1, 3, 2, 2, 2], "b": [9, 6, 6, 6, 6, 6, 6, 6], "c": [1] * 8}
+
+    def train(task, row, seed, out, steps_asked):
+        assert (seed, steps_asked) == (0, 8)
+        out.mkdir(parents=True)
+        lines = [json.dumps({"seconds": s, "decoded_tokens": 100}) + "\n" for s in steps[row]]
+        (out / "metrics.jsonl").write_text("".join(lines))
+
+    monkeypatch.setattr(study, "train", train)
+    study.measure_costs([study.TASKS["doors"]])
+    costs = json.loads(study.COSTS.read_text())
+    assert costs["doors"] == {"a": 0.02, "b": 0.06, "c": 0.01}
+    assert "20000.0 us per token" in capsys.readouterr().out
+    assert not (study.TASKS["doors"].folder / "cost").exists()
+
+    line = lambda row, flags: {"task": "doors", "row": row, "seed": 0, "flags": flags,
+                               "step_seconds": 5.0, "decoded": [10, 30]}
+    lines = [line("a", "--plans 4 --cots 3"), line("b", "--plans 4 --cots 3 --beta 0"),
+             line("c", "--plans 12 --cots 1"), line("d", "--plans 4 --cots 3 --kl_coef 0"),
+             {"task": "doors", "row": "SFT", "seed": 0}]
+    study.RESULTS.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    seconds = [one.get("token_seconds") for one in study.read_results()]
+    # a and b differ in rewards alone: the median of 0.02 and 0.06. d was not measured: 2 x 5 / 40.
+    assert seconds == [pytest.approx(0.04), pytest.approx(0.04), 0.01, 0.25, None]
 
 
 def test_rows_are_paired_by_seed():
@@ -228,3 +263,41 @@ def test_the_page_knows_the_rows_of_the_study():
     named = {GRPO, PTA, *study_page.CURVES, *study_figures.TREES.values()}
     named |= {row for pair in study_figures.CONTRASTS.values() for row in pair}
     assert named <= set(study.ROWS) and study_figures.SAMPLES == study.SAMPLES
+
+
+# --------------------------------------------------------------------------------------------------
+# The file of results
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """results(lines) -> what `read_results` makes of a file of these."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
+    monkeypatch.setattr(study, "COSTS", tmp_path / "none.json")
+
+    def read(lines):
+        study.RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return study.read_results()
+
+    return read
+
+
+def test_a_second_line_of_a_run_adds_its_fields(results):
+    head = {"task": "doors", "row": "SFT", "seed": 0}
+    found = results([
+        {**head, "right": "44"}, {**head, "seed": 1, "right": "00"},
+        {**head, "with_plan": {"own": 0.9}, "score_corr": 0.5},
+    ])
+    assert [line["right"] for line in found] == ["44", "00"]
+    assert found[0]["score_corr"] == 0.5 and "score_corr" not in found[1]
+    # Only a first seed is evaluated with other plans.
+    assert [study.lacks_plans(line) for line in found] == [False, False]
+    assert study.lacks_plans({**head, "right": "44", "with_plan": {}})
+
+
+def test_accuracy_with_the_own_plan_is_of_the_model_that_tried_the_others():
+    run = {"right": "44", "did": {"best": 0.5}}
+    retrained = {**run, "with_plan": {"own": 0.6, "true": 0.8}}
+    assert study_figures.plan_use([run, retrained], [retrained])["own"] == pytest.approx(0.6)
+    older = {"right": "42", "did": {}, "with_plan": {"true": 0.8}}
+    assert study_figures.plan_use([older], [older])["own"] == pytest.approx(0.75)

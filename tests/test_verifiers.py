@@ -8,7 +8,6 @@ import pytest
 
 import grpo
 from conftest import ROOT
-from data import verifiers
 from data.moves import make_problems
 from data.sources import load_gradable
 from data.verifiers import plan_leaks, restated, same_answers, tally, verify
@@ -81,7 +80,7 @@ def test_it_is_found_beside_the_data_in_the_working_directory_or_here(own, tmp_p
     here = str(tmp_path / "else" / "other.py")
     assert own("other.py:short")[0]["verifier"] == own(f"{here}:short")[0]["verifier"]
     assert own("own.py:short")[0]["verifier"] == f"{tmp_path / 'own.py'}:short"
-    monkeypatch.setattr(verifiers, "ROOT", tmp_path / "else")
+    monkeypatch.setattr("data.own.ROOT", tmp_path / "else")
     monkeypatch.chdir("/")
     assert own("other.py:short")[0]["verifier"] == f"{here}:short"
 

@@ -246,10 +246,10 @@ def test_prompts_that_cannot_be_made_are_refused_or_left_out(tmp_path, capsys):
     """Left out and counted in hub data, refused in a file."""
     from plumbing.images import Unusable
 
-    def encode(problem: str, images=()) -> list[int]:
-        if problem == "bad":
+    def encode(problem: dict) -> list[int]:
+        if problem["problem"] == "bad":
             raise Unusable("it has 2 places for 1 pictures")
-        return [len(images)]
+        return [len(problem["images"])]
 
     rows = [
         {"images": [{"bytes": png(i), "path": None}], "problem": text, "answer": "3"}
