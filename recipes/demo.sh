@@ -24,7 +24,7 @@ case "$TASK" in
         limits=(--max_plan_tokens 30 --max_completion_tokens 72) lr=3e-4
         steps=${STEPS:-30} tree_steps=$((steps * 592 / 440)) ;;  # 12 (19 + 30.3), 4 (19 + 3 x 30.3)
     pictures)  # quantities, read from a picture: recipes/demo_images.sh
-        data=(data.toy_pictures) base="$RUN/data/model" sft=(--epochs 2 --lr 2e-3 --batch_size 64)
+        data=(data.toy_pictures) base="$RUN/data/model" sft=(--epochs 1 --lr 2e-3 --batch_size 64)
         limits=(--max_plan_tokens 48 --max_completion_tokens 128)
         steps=${STEPS:-100} tree_steps=$((steps * 534 / 426)) ;;
     *) echo "error: no task $TASK: doors, quantities, walk or pictures" >&2; exit 1 ;;
