@@ -189,9 +189,10 @@ def plans_table(f: dict) -> str:
     head = "row | own plan | true | shuffled | none | plans that are best | value of plans | "
     head += "right if best | right if not | not best, but revised | and then right | score_corr"
     return table(head, cells) + (
-        "\nAll in %. The first four columns are accuracies, over the seeds for which other plans "
-        "were tried; without any, over all. score_corr: correlation of a plan's score (3 CoTs) "
-        "with its true worth.\n"
+        "\nAll in %. The first four columns are accuracies of one model per row, which was given "
+        "other plans than its own (where no seed was, the first is over all); score_corr is its "
+        "correlation of a plan's score (3 CoTs) with the plan's true worth. The columns between "
+        "are over all seeds.\n"
     )
 
 
