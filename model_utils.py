@@ -133,6 +133,8 @@ def find_stop_ids(model, tokenizer) -> list[int]:
     for config in (model.config, model.generation_config):
         ids = getattr(config, "eos_token_id", None)
         found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    odd = [repr(one)[:40] for one in found if not isinstance(one, int)]
+    require(not odd, f"eos_token_id {', '.join(odd)} is no number: mend the model's config files")
     return sorted(found)
 
 

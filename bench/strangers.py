@@ -40,7 +40,7 @@ from bench.strangers_inputs import (
     is_plain,
 )
 from bench.strangers_models import EVERYTHING, MARK, MODELS
-from bench.strangers_teacher import BEHAVIOURS, KEY, two_servers
+from bench.strangers_teacher import BEHAVIOURS, KEY, two_servers, zipped
 from plumbing.ranks import fail, printable
 
 SECONDS = 240  # after which a process hangs
@@ -100,7 +100,9 @@ def enter(kind: str, name: str, work: Path):
     from plumbing.signals import guarded
 
     os.environ["HOME"] = str(work)
-    grader.pool.start = lambda: None  # workers begin when an answer needs them
+    begin, wait = grader.pool.start, grader.pool.await_workers
+    grader.pool.start = lambda: None  # not before an answer needs them
+    grader.pool.await_workers = lambda: (setattr(grader.pool, "start", begin), wait())
     try:
         guarded(lambda: KINDS[kind][name][0](work))
     except SystemExit as stop:
@@ -269,6 +271,8 @@ def check_teacher(seconds: float = 3.0):
     from plumbing.teacher import MAX_REPLY, UNANSWERED, Server
 
     os.environ["DISTILL_API_KEY"], results = KEY, {}
+    for times in (1, 2):
+        zipped(times)  # takes memory of the server's, which is in this process
     with two_servers() as (teacher, other):
         flags = dict(teacher=f"{teacher.url}/v1", teacher_model="", max_new_tokens=2048)
         flags |= dict(temperature=0.6, retries=0, timeout=seconds)

@@ -199,7 +199,7 @@ def raises(work: Path):
 def without_utf8(work: Path):
     from plumbing.ranks import print0
 
-    sys.stdout.reconfigure(encoding="ascii")
+    sys.stdout.reconfigure(encoding="ascii", errors=sys.stdout.errors)
     print0("计划 π 👍")
 
 

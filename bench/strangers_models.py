@@ -208,10 +208,10 @@ MODELS: dict[str, tuple[Callable, str]] = {
     "globals of a function": (
         template("{{ raise_exception.__globals__['__builtins__']['eval']('CMD') }}"), "refused"
     ),
-    "a format string": (template("{{ '{0.__class__}'.format(messages) }}"), "either"),
+    "a format string": (template("{{ '{0.__class__}'.format(messages) }}"), "refused"),
     "attr": (template("{{ (messages|attr('__class__')).mro() }}"), "refused"),
     "map of attributes": (
-        template("{{ [messages]|map(attribute='__class__')|first|string }}"), "either"
+        template("{{ [messages]|map(attribute='__class__')|first|string }}"), "refused"
     ),
     "namespace": (template("{% set n = namespace(__class__=1) %}{{ n.__init__ }}"), "refused"),
     "an include": (template("{% include '/etc/hostname' %}"), "refused"),
@@ -219,6 +219,7 @@ MODELS: dict[str, tuple[Callable, str]] = {
     "changes the messages": (template("{{ messages.append(1) }}"), "refused"),
     "raises escapes": (template("{{ raise_exception('" + ODD + "') }}"), "refused"),
     "no template": (template("{% for"), "refused"),
+    "an empty prompt": (template("{# nothing #}"), "refused"),
     "loops for ever": (
         template(
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -253,7 +254,7 @@ MODELS: dict[str, tuple[Callable, str]] = {
     "sizes in words": (settings(hidden_size="large"), "refused"),
     "a huge vocabulary": (settings(vocab_size=10**12), "refused"),
     "a negative size": (settings(intermediate_size=-5), "refused"),
-    "an end token in words": (settings("generation_config.json", eos_token_id=ODD), "either"),
+    "an end token in words": (settings("generation_config.json", eos_token_id=ODD), "refused"),
     "deep tokenizer": (text("tokenizer.json", "[" * 200_000), "refused"),
     "a tokenizer with escapes": (text("tokenizer_config.json", json.dumps({"x": ODD})), "either"),
 }

@@ -219,9 +219,10 @@ def train(task: Task, row: str, seed: int, out: Path, steps: int = 0) -> float:
     began = time.time()
     call(
         f"grpo.py --model {start} --data {task.folder}/data/train.jsonl --out {out} --overwrite "
-        f"--steps {steps or steps_of(task, row)} --questions {QUESTIONS} --seed {seed} --lr {task.lr} "
-        f"--warmup_steps 5 --save_every 0 --eval_every 0 --show_every 0 {task.limits} "
-        f"--tokens_per_micro_batch 4000 --activation_checkpointing false {flags_of(task, row)}",
+        f"--steps {steps or steps_of(task, row)} --questions {QUESTIONS} --seed {seed} "
+        f"--lr {task.lr} --warmup_steps 5 --save_every 0 --eval_every 0 --show_every 0 "
+        f"{task.limits} --tokens_per_micro_batch 4000 --activation_checkpointing false "
+        f"{flags_of(task, row)}",
         out.with_suffix(".log"),
     )
     return time.time() - began

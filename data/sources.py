@@ -790,9 +790,8 @@ def parse_arguments() -> argparse.Namespace:
     fit = Path(out).is_file() or not Path(out).exists()
     require(fit, f"{out} is no file; --out wants one such as runs/problems.jsonl")
     written = [path for path in (Path(out), report_beside(Path(out))) if path.exists()]
-    usable = args.overwrite or not written
-    there = " and ".join(map(str, written))
-    require(usable, f"{there} exists: choose another --out or pass --overwrite")
+    usable, names = args.overwrite or not written, " and ".join(map(str, written))
+    require(usable, f"--out is taken ({names}): choose another --out or pass --overwrite")
     sizes = args.ngram >= 2 and args.limit >= 0
     require(sizes, "--ngram must be at least 2, and --limit not negative")
     return args

@@ -27,11 +27,25 @@ from plumbing.ranks import fail, print0
 
 CELL = 8  # pixels on each side
 FONT = {  # 5 x 7 pixels, a hexadecimal number of two digits per row
-    "A": "0e11111f111111", "B": "1e11111e11111e", "C": "0e11101010110e", "D": "1e11111111111e",
-    "E": "1f10101e10101f", "F": "1f10101e101010", "0": "0e11131519110e", "1": "040c040404040e",
-    "2": "0e11010204081f", "3": "1f02040201110e", "4": "02060a121f0202", "5": "1f101e0101110e",
-    "6": "0608101e11110e", "7": "1f010204080808", "8": "0e11110e11110e", "9": "0e11110f01020c",
-    "+": "0004041f040400", "-": "0000001f000000", ";": "00000004000408",
+    "A": "0e11111f111111",
+    "B": "1e11111e11111e",
+    "C": "0e11101010110e",
+    "D": "1e11111111111e",
+    "E": "1f10101e10101f",
+    "F": "1f10101e101010",
+    "0": "0e11131519110e",
+    "1": "040c040404040e",
+    "2": "0e11010204081f",
+    "3": "1f02040201110e",
+    "4": "02060a121f0202",
+    "5": "1f101e0101110e",
+    "6": "0608101e11110e",
+    "7": "1f010204080808",
+    "8": "0e11110e11110e",
+    "9": "0e11110f01020c",
+    "+": "0004041f040400",
+    "-": "0000001f000000",
+    ";": "00000004000408",
 }
 VISION = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
 
@@ -56,7 +70,7 @@ def draw(words: list[str], rng: random.Random, noise: float = 0.1) -> np.ndarray
     page = np.zeros((CELL, CELL * len(words)))
     for cell, word in zip(np.split(page, len(words), 1), words):
         top, left = rng.randint(0, 1), rng.randint(1, 2)
-        cell[top:top + 7, left:left + 5] = glyph(word[0]) * rng.uniform(0.7, 1.0)
+        cell[top : top + 7, left : left + 5] = glyph(word[0]) * rng.uniform(0.7, 1.0)
         if len(word) > 1:
             cell[:] = rng.uniform(0.8, 1.0) - 0.8 * cell
     page += np.random.default_rng(rng.randrange(2**32)).normal(0, noise, page.shape)
@@ -100,8 +114,8 @@ def make_model(tokenizer, base: str = "data/toy_base", seed: int = 0):
     from transformers import Qwen2_5_VLForConditionalGeneration as Model
 
     text = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "max_position_embeddings", "rms_norm_eps")
+    sizes = """hidden_size intermediate_size num_hidden_layers num_attention_heads
+        num_key_value_heads max_position_embeddings rms_norm_eps""".split()
     settings = {name: getattr(text.config, name) for name in sizes}
     special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     settings |= special | dict(vocab_size=len(tokenizer), bos_token_id=None)
@@ -110,21 +124,34 @@ def make_model(tokenizer, base: str = "data/toy_base", seed: int = 0):
     theta = text.config.rope_parameters["rope_theta"]
     rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": [0, 0, half]}
     width = text.config.hidden_size
-    vision = dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=2, window_size=2 * CELL,
-                  patch_size=CELL // 2, spatial_merge_size=2, fullatt_block_indexes=[0],
-                  out_hidden_size=width, initializer_range=0.05)
+    vision = dict(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=64,
+        num_heads=2,
+        window_size=2 * CELL,
+        patch_size=CELL // 2,
+        spatial_merge_size=2,
+        fullatt_block_indexes=[0],
+        out_hidden_size=width,
+        initializer_range=0.05,
+    )
     start, image, end = tokenizer.convert_tokens_to_ids(VISION)
     torch.manual_seed(seed)
     config = Qwen2_5_VLConfig(
         text_config={**settings, "rope_parameters": rope, "initializer_range": 0.05},
-        vision_config=vision, image_token_id=image, vision_start_token_id=start,
-        vision_end_token_id=end, video_token_id=image, tie_word_embeddings=True,
+        vision_config=vision,
+        image_token_id=image,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        video_token_id=image,
+        tie_word_embeddings=True,
         **special,
     )
     model, weights = Model(config).eval(), dict(text.model.named_parameters())
     with torch.no_grad():
         for name, own in model.model.language_model.named_parameters():
-            own[:len(weights[name])] = weights[name]
+            own[: len(weights[name])] = weights[name]
     return model
 
 
@@ -168,7 +195,7 @@ def main():
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
         problems = toy.make_problems("train", args.sft + args.train, seed=seed, terse=0.5)
-        files = {"sft": problems[:args.sft], "train": problems[args.sft:]}
+        files = {"sft": problems[: args.sft], "train": problems[args.sft :]}
         for split in ("validation", "test"):
             files[split] = toy.make_problems(split, args.test, seed=seed)
     except (ValueError, OSError) as error:
@@ -189,8 +216,10 @@ def main():
     tower = sum(p.numel() for p in model.model.visual.parameters())
     counts = ", ".join(f"{len(records)} {name}" for name, records in files.items())
     size = f"{model.num_parameters():,}"
-    print0(f"{out}: {counts}; a model of {size} parameters, {tower:,} of them in a vision tower "
-           f"that reads {100 * read:.1f} % of the cells right")
+    print0(
+        f"{out}: {counts}; a model of {size} parameters, {tower:,} of them in a vision tower "
+        f"that reads {100 * read:.1f} % of the cells right"
+    )
 
 
 if __name__ == "__main__":

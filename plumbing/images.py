@@ -43,17 +43,17 @@ def open_picture(source):
 
     try:
         picture = Image.open(source, formats=FORMATS)
+        moves = getattr(picture, "is_animated", False) and picture.format != "MPO"  # a phone's JPEG
     except FileNotFoundError:
         raise Unusable("there is no such file") from None
     except UnidentifiedImageError:
         raise Unusable(f"it is no picture of the kinds {', '.join(FORMATS)}") from None
-    # A header alone may be a decompression bomb, and a damaged one fails in many ways.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # of many kinds, where a header is damaged or a decompression bomb
         raise Unusable(f"it cannot be read ({error})") from None
     width, height = picture.size
     if width * height > LARGEST:
         raise Unusable(f"it has {width} x {height} pixels, and at most {LARGEST:,} are read")
-    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":  # a phone's JPEG of two
+    if moves:
         raise Unusable("it is an animation, and only still pictures are read")
     return picture
 
@@ -70,7 +70,7 @@ def decode_picture(source):
             picture = picture.convert("RGBA")  # RGB alone would show what is hidden, often black
             paper = Image.new("RGBA", picture.size, "white")
             return Image.alpha_composite(paper, picture).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # of many kinds, where a file is damaged
             raise Unusable(f"it cannot be read ({error})") from None
 
 
@@ -111,7 +111,7 @@ class Album:
         if max_pixels:
             low = min(processor.size["shortest_edge"], max_pixels)
             processor.size = {"shortest_edge": low, "longest_edge": max_pixels}
-        self.numbers: dict[str, int] = {}  # path -> its place among the pictures
+        self.paths, self.numbers = [], {}  # of the pictures; path -> its place among them
         self.sides: list[tuple[int, int]] = []  # of each picture: rows and columns of image tokens
         self.ends = [0]  # image tokens up to each picture
         self.sight: dict[int, list[torch.Tensor]] = {}  # picture -> features, (tokens, D) each
@@ -123,7 +123,8 @@ class Album:
         """The ids that stand for a picture: as many as its size asks for. Raises Unusable."""
         if path not in self.numbers:
             self.sides.append(self.grid(*picture_size(path)))
-            self.numbers[path] = len(self.sides) - 1
+            self.numbers[path] = len(self.paths)
+            self.paths.append(path)
             self.ends.append(self.ends[-1] + self.sides[-1][0] * self.sides[-1][1])
             self.geometry = None
         place = self.numbers[path]
@@ -215,7 +216,7 @@ class Album:
 
         One picture at a time, so that what is encoded beside it changes nothing, not even rounding.
         """
-        path, device = list(self.numbers)[number], getattr(model, "compute_device", model.device)
+        path, device = self.paths[number], getattr(model, "compute_device", model.device)
         try:
             inputs = self.processor([decode_picture(path)], return_tensors="pt")
         except Unusable as error:

@@ -194,11 +194,13 @@ def check_template(path: str, tokenizer):
     try:
         with bounded(*TEMPLATE_LIMITS):
             try:
-                render(turns, tokenize=False)
+                text = render(turns, tokenize=False)
             except Exception as error:
                 if "role" not in str(error).lower():  # Gemma's refuses a system turn
                     raise
-                render([user], tokenize=False)
+                text = render([user], tokenize=False)
+        if user["content"] not in text:
+            raise ValueError("it leaves the question out")
     except Exception as error:  # of many kinds: a template is a program
         fail(
             f"the chat template of {path} cannot be used ({in_short(error)}): mend it, or choose "

@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/demo}
 TASK=${TASK:-doors}
+lr=1e-4
 # steps and tree_steps: of GRPO, and of PTA-GRPO for as many tokens; beside them tokens per question.
 case "$TASK" in
     doors)
@@ -23,7 +24,7 @@ case "$TASK" in
         limits=(--max_plan_tokens 30 --max_completion_tokens 72) lr=3e-4
         steps=${STEPS:-30} tree_steps=$((steps * 592 / 440)) ;;  # 12 (19 + 30.3), 4 (19 + 3 x 30.3)
     pictures)  # quantities, read from a picture: recipes/demo_images.sh
-        data=(data.toy_pictures) base="$RUN/data/model" sft=(--epochs 2 --lr 2e-3 --batch_size 64)
+        data=(data.toy_pictures) base="$RUN/data/model" sft=(--epochs 1 --lr 2e-3 --batch_size 64)
         limits=(--max_plan_tokens 48 --max_completion_tokens 128)
         steps=${STEPS:-100} tree_steps=$((steps * 534 / 426)) ;;
     *) echo "error: no task $TASK: doors, quantities, walk or pictures" >&2; exit 1 ;;
@@ -40,7 +41,7 @@ stage sft python sft.py --model "$base" --data "$RUN/plans.jsonl" --out "$RUN/sf
 
 rl=(--model "$RUN/sft/model" --data "$RUN/data/train.jsonl" --overwrite
     --eval_data "$RUN/data/validation.jsonl" --eval_every 20 --show_every 20 --save_every 0
-    --questions 16 --lr "${lr:-1e-4}" --warmup_steps 5 --kl_coef 0.01 "${limits[@]}"
+    --questions 16 --lr "$lr" --warmup_steps 5 --kl_coef 0.01 "${limits[@]}"
     --tokens_per_micro_batch 4000 --activation_checkpointing false)
 stage grpo python grpo.py "${rl[@]}" --out "$RUN/grpo" --plans 12 --cots 1 --beta 0 \
     --steps "$steps"

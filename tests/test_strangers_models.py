@@ -12,7 +12,7 @@ from bench import strangers_inputs as strange
 from bench.strangers import watch
 from bench.strangers_models import EVERYTHING, MARK, MODELS, pickles, put_pickle
 from grpo import Config
-from model_utils import load_model, load_sharded, load_tokenizer
+from model_utils import find_stop_ids, load_model, load_sharded, load_tokenizer
 from plumbing import weights
 from plumbing.ranks import init_distributed, printable
 from plumbing.weights import load_config, read_model
@@ -37,9 +37,9 @@ def folder(work):
 def load(folder):
     """What a stage loads of a model."""
     path, device = str(folder), torch.device("cpu")
-    load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     load_config(path)
-    load_model(path, device)
+    find_stop_ids(load_model(path, device), tokenizer)
 
 
 @pytest.mark.parametrize("name", MODELS)

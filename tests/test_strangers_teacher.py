@@ -50,7 +50,7 @@ def outcome(tmp_path_factory):
     folder, seen = tmp_path_factory.mktemp("teacher"), {}
     names = sorted(set(BEHAVIOURS) - set(ENDS), key=lambda name: BEHAVIOURS[name][1] != "kept")
     with two_servers() as (server, other):
-        flags = dict(timeout=4, concurrency=24)
+        flags = dict(timeout=8, concurrency=16)
         seen["printed"], seen["refusal"] = run(folder, names, server, **flags)
         seen["fates"], server.good = fates(folder), True
         printed, seen["second refusal"] = run(folder, names, server, resume=True)

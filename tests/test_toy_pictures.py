@@ -105,14 +105,14 @@ def test_evaluation_and_its_page(run, monkeypatch, tmp_path):
 
     for n in (1, 2):
         flags = f"--model {run}/sft/model --data {run}/data/test.jsonl --out {run}/eval{n} {LIMITS}"
-        call(monkeypatch, evaluation, f"{flags} --n {n} --temperature 0")
+        call(monkeypatch, evaluation, f"{flags} --n {n} --temperature 0 --limit 6")
     one, two = (lines(run / f"eval{n}/records.jsonl") for n in (1, 2))
     # Greedy completions do not depend on what is decoded beside them.
     texts = [[r["samples"][0]["completion"] for r in records] for records in (one, two)]
     assert texts[0] == texts[1] and len(set(texts[0])) > 1
     monkeypatch.setattr(sys, "argv", ["report", str(run), "--out", str(tmp_path / "page.html")])
     report()
-    assert (tmp_path / "page.html").read_text().count("data:image/png;base64,") >= 12
+    assert (tmp_path / "page.html").read_text().count("data:image/png;base64,") >= 6
 
 
 def test_dry_run_and_refusals(run, monkeypatch, capsys, tmp_path):
@@ -149,9 +149,9 @@ def test_on_a_pretended_gpu(run, tmp_path):
     config.text_config.num_key_value_heads = 4  # of 8: grouped
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
     flags = f"--model {tmp_path}/model --data {run}/data/train.jsonl --out {tmp_path}/x {LIMITS}"
-    flags += " --eval_size 0 --questions 2 --plans 2 --cots 2 --steps 2 --lr 1e-3 --cpu_offload"
+    flags += " --eval_size 0 --questions 2 --plans 2 --cots 2 --steps 1 --lr 1e-3 --cpu_offload"
     used = on_gpu("grpo.py", *flags.split())
-    assert used["split_kv"] >= 3 * used["replays"] > 100
+    assert used["split_kv"] >= 3 * used["replays"] > 60
     steps = lines(tmp_path / "x/metrics.jsonl")
     assert all(0 < step["sampler_gap"] < 0.02 for step in steps)  # nats per token, from bf16
     kept = [AutoModelForImageTextToText.from_pretrained(p).model.visual.state_dict()

@@ -59,16 +59,25 @@ def mmmu(**columns):
 def test_mmmu(tmp_path):
     a, b, c = ({"bytes": png(shade), "path": None} for shade in (1, 2, 3))
     rows = [
-        mmmu(question="See <image 2>, then <image 1>; <image 2>?", options="['it\\'s 1', '2 N']",
-             answer="B", image_1=a, image_2=b),
-        mmmu(question="Which?", options="['<image 1>', '<image 2>']", image_1=a, image_2=b,
-             image_3=c),
+        mmmu(
+            question="See <image 2>, then <image 1>; <image 2>?",
+            options="['it\\'s 1', '2 N']",
+            answer="B",
+            image_1=a,
+            image_2=b,
+        ),
+        mmmu(
+            question="Which?", options="['<image 1>', '<image 2>']", image_1=a, image_2=b, image_3=c
+        ),
         mmmu(question="<image 1> How many?", answer="8", image_1=a),
         mmmu(question="<image 1> Where?", answer="['Left lobe', 'left']", image_1=a),
         mmmu(question="<image 1>?", options="['1', '2']", image_1={"bytes": b"x", "path": None}),
     ]
-    store(tmp_path / "data/validation-00000-of-00001.parquet", rows,
-          [f"image_{i}" for i in range(1, 8)])
+    store(
+        tmp_path / "data/validation-00000-of-00001.parquet",
+        rows,
+        [f"image_{i}" for i in range(1, 8)],
+    )
     several, options, number, open_one = load_records(f"mmmu={tmp_path}")
     said = "See <image>, then <image>; (picture 2)?\n\n(A) it's 1\n(B) 2 N\n\n" + LETTER
     assert (several["problem"], several["answer"]) == (said, "B")
@@ -89,10 +98,17 @@ def test_a_mark_without_a_picture_is_text():
 
 
 def test_mmmu_pro_in_both_forms(tmp_path):
-    row = mmmu(question="<image 1>", options=str(list("abcdefghij")), answer="J",
-               image_1={"bytes": png(1), "path": None})
-    store(tmp_path / "standard (10 options)/test-00000-of-00001.parquet", [row],
-          [f"image_{i}" for i in range(1, 8)])
+    row = mmmu(
+        question="<image 1>",
+        options=str(list("abcdefghij")),
+        answer="J",
+        image_1={"bytes": png(1), "path": None},
+    )
+    store(
+        tmp_path / "standard (10 options)/test-00000-of-00001.parquet",
+        [row],
+        [f"image_{i}" for i in range(1, 8)],
+    )
     row = {"id": "x", "image": {"bytes": png(2), "path": None}, "options": "['u', 'v']"}
     store(tmp_path / "vision/test-00000-of-00001.parquet", [{**row, "answer": "B"}], ["image"])
     (standard,) = load_records(f"mmmu_pro={tmp_path}")
@@ -104,8 +120,15 @@ def test_mmmu_pro_in_both_forms(tmp_path):
 
 
 def test_emma(tmp_path):
-    row = {"pid": "1", "context": "Given.", "question": "<image_1>?", "options": ["1", "2"],
-           "answer": "B", "type": "Multiple Choice", "image_1": {"bytes": png(1), "path": None}}
+    row = {
+        "pid": "1",
+        "context": "Given.",
+        "question": "<image_1>?",
+        "options": ["1", "2"],
+        "answer": "B",
+        "type": "Multiple Choice",
+        "image_1": {"bytes": png(1), "path": None},
+    }
     rows = [row, {**row, "context": None, "type": "Open-ended", "answer": "\\frac12"}]
     store(tmp_path / "Physics/test-00000-of-00001.parquet", rows, ["image_1"])
     choice, free = load_records(f"emma_physics={tmp_path}")
@@ -114,14 +137,23 @@ def test_emma(tmp_path):
 
 
 def test_mmk12_for_training_and_evaluation(tmp_path):
-    row = {"id": "x", "question": "<image>?\nA. 1\nB. 2", "answer": "B", "subject": "Physics",
-           "image": {"bytes": png(1), "path": None}}
-    store(tmp_path / "data/test-00000-of-00001.parquet", [row, {**row, "subject": "math"}],
-          ["image"])
+    row = {
+        "id": "x",
+        "question": "<image>?\nA. 1\nB. 2",
+        "answer": "B",
+        "subject": "Physics",
+        "image": {"bytes": png(1), "path": None},
+    }
+    store(
+        tmp_path / "data/test-00000-of-00001.parquet", [row, {**row, "subject": "math"}], ["image"]
+    )
     same, other = "the same text", {"bytes": png(2), "path": None}
     train = {**row, "question": same, "answer": "$$6$$"}
-    store(tmp_path / "data/train-00000-of-00001.parquet",
-          [train, {**train, "image": other}, train], ["image"])
+    store(
+        tmp_path / "data/train-00000-of-00001.parquet",
+        [train, {**train, "image": other}, train],
+        ["image"],
+    )
     (record,) = load_records(f"mmk12_physics={tmp_path}")
     assert record["problem"] == f"<image>?\nA. 1\nB. 2\n\n{LETTER}" and len(record["images"]) == 1
     # The same text with another picture is another problem.
@@ -132,8 +164,11 @@ def test_mmk12_for_training_and_evaluation(tmp_path):
 
 
 def test_geometry3k(tmp_path):
-    row = {"images": [{"bytes": png(1), "path": None}], "problem": "<image>Find x.",
-           "answer": "\\sqrt{3}"}
+    row = {
+        "images": [{"bytes": png(1), "path": None}],
+        "problem": "<image>Find x.",
+        "answer": "\\sqrt{3}",
+    }
     store(tmp_path / "data/train-00000-of-00001.parquet", [row], ["images"])
     (record,) = load_records(f"geometry3k={tmp_path}")
     assert (record["problem"], record["answer"]) == ("<image>Find x.", "\\sqrt{3}")
@@ -145,11 +180,15 @@ def test_srpos_sets_name_pictures_in_their_folder_only(tmp_path):
     (home / "pictures").mkdir(parents=True)
     (home / "pictures/a.png").write_bytes(png(1))
     secret.write_bytes(png(2))
-    turn = lambda path: json.dumps([
-        {"role": "system", "content": "Think."},
-        {"role": "user", "content": [{"type": "image", "image": path},
-                                     {"type": "text", "text": "Find x."}]},
-    ])
+    turn = lambda path: json.dumps(
+        [
+            {"role": "system", "content": "Think."},
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": path}, {"type": "text", "text": "Find x."}],
+            },
+        ]
+    )
     rows = [
         {"id": str(i), "message": turn(path), "answer": "$7$"}
         for i, path in enumerate(["pictures/a.png", "../secret.png", str(secret)])
@@ -186,11 +225,14 @@ def test_prepared_files_have_their_pictures_beside_them(tmp_path, monkeypatch):
     assert content(record) == [png(1)]
 
 
-@pytest.mark.parametrize("images, reason", [
-    ("a.png", "'images' wants a list of paths"),
-    ([7], "'images' wants a list of paths"),
-    (["missing.png"], "missing.png: there is no such file; replace it, or remove the record"),
-])
+@pytest.mark.parametrize(
+    "images, reason",
+    [
+        ("a.png", "'images' wants a list of paths"),
+        ([7], "'images' wants a list of paths"),
+        (["missing.png"], "missing.png: there is no such file; replace it, or remove the record"),
+    ],
+)
 def test_a_file_with_pictures_that_cannot_be_used_is_refused(tmp_path, images, reason):
     record = {"id": "7", "problem": "<image>?", "answer": "1", "images": images}
     (tmp_path / "p.jsonl").write_text(json.dumps(record) + "\n")
@@ -209,8 +251,10 @@ def test_prompts_that_cannot_be_made_are_refused_or_left_out(tmp_path, capsys):
             raise Unusable("it has 2 places for 1 pictures")
         return [len(problem["images"])]
 
-    rows = [{"images": [{"bytes": png(i), "path": None}], "problem": text, "answer": "3"}
-            for i, text in enumerate(["bad", "good"])]
+    rows = [
+        {"images": [{"bytes": png(i), "path": None}], "problem": text, "answer": "3"}
+        for i, text in enumerate(["bad", "good"])
+    ]
     store(tmp_path / "data/train-00000-of-00001.parquet", rows, ["images"])
     (record,) = load_gradable(f"geometry3k={tmp_path}", encode, 9, 0, 0)
     assert record["problem"] == "good" and record["prompt"] == [1]

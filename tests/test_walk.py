@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from bench import worlds as study_of_worlds
 from conftest import ROOT
 from data import doors, toy, walk, worlds
 from data.sources import load_gradable
@@ -135,3 +136,25 @@ def test_a_world_that_cannot_be_used_is_named(tmp_path):
         refusals(name("plain"))
     with pytest.raises(SystemExit, match=r"ZeroDivisionError in bad.py, line 4"):
         refusals(name("broken"))
+
+
+def test_the_study_of_the_world_judges_plans_and_writes_its_page(tmp_path, monkeypatch):
+    plan = lambda route: doors.plan_of(PROBLEM, route)
+    best = study_of_worlds.judge_walk(PROBLEM, plan("B D I"), "<act> B </act> <act> F </act>")
+    assert best["best"] and best["revised"] and best["whole"] == plan("B D I")
+    assert best["value"] == pytest.approx(walk.chance(PROBLEM, ["B", "D", "I"]))
+    other = study_of_worlds.judge_walk(PROBLEM, plan("B E I"), "<act> B </act> <act> B </act>")
+    assert not other["best"] and not other["revised"]
+    lines = [
+        {
+            "row": row, "seed": seed, "right": "".join(str(right) for _ in range(50)) + "0123" * 5,
+            "icc": 0.1, "decoded": [7000, 7000],
+            "did": {"value": 0.6, "plan_wrong": 0.7, "wrong_left": 0.5, "left_right": 0.25},
+        }
+        for row, right in (("GRPO 12x1", 1), ("PTA-GRPO 4x3", 2)) for seed in range(3)
+    ]  # fmt: skip
+    monkeypatch.setattr(study_of_worlds, "PAGE", tmp_path / "WORLDS.md")
+    study_of_worlds.write_page(lines)
+    first, second = (tmp_path / "WORLDS.md").read_text().splitlines()[-2:]
+    assert first.startswith("GRPO 12x1 | 3 | 14,000 | 28.6 |  |  | 0.100 | 60.0 | 70.0 | 50.0")
+    assert second.startswith("PTA-GRPO 4x3 | 3 | 14,000 | 46.4 | +17.9 (")
