@@ -11,8 +11,8 @@ One step of the main loop, for each of N questions:
 
 GRPO, DAPO and Dr. GRPO are settings of this loop (recipes/). It departs from the paper once: the
 loss is divided by the token count of the whole step (`--loss_agg constant` is Eq. 9 over a fixed
-length). docs/choices.md lists our choices where the paper is silent. docs/grpo_in_100_lines.py is the
-same loop without plans and without what makes it fast: read it first.
+length). docs/choices.md lists our choices where the paper is silent. docs/grpo_in_100_lines.py has
+the same loop without plans, and without what makes it fast: read it first.
 
     torchrun --nproc_per_node=8 grpo.py                                                  8 GPUs
     python grpo.py --model runs/demo/sft/model --data toy --max_completion_tokens 128    one CPU
