@@ -11,7 +11,8 @@ One step of the main loop, for each of N questions:
 
 GRPO, DAPO and Dr. GRPO are settings of this loop (recipes/). It departs from the paper once: the
 loss is divided by the token count of the whole step (`--loss_agg constant` is Eq. 9 over a fixed
-length). docs/choices.md lists our choices where the paper is silent.
+length). docs/choices.md lists our choices where the paper is silent. docs/grpo_in_100_lines.py has
+the same loop without plans, and without what makes it fast: read it first.
 
     torchrun --nproc_per_node=8 grpo.py                                                  8 GPUs
     python grpo.py --model runs/demo/sft/model --data toy --max_completion_tokens 128    one CPU
@@ -424,7 +425,8 @@ def advantages(
     With --credit group both are equal, and hold the plan reward; with segment it is on plan tokens
     only, centred. `beta` is its weight: --beta, or 0 to see what it changes.
     """
-    returns, plan = rewards["total"] - config.beta * rewards["plan"], beta * rewards["plan"]
+    returns = rewards["total"] - config.beta * rewards["plan"]  # without the plan reward
+    plan = beta * rewards["plan"]
     std_of = rewards["outcome"] if config.std_of == "outcome" else None
     if config.credit == "group":
         std_of = None if std_of is None else std_of.flatten(1)
@@ -442,7 +444,8 @@ def note_advantages(rollouts: list[Rollout], plan: torch.Tensor, cot: torch.Tens
     A plan that never closed has no CoT: all of its tokens are plan tokens.
     """
     for r, a_plan, a_cot in zip(rollouts, plan.flatten().tolist(), cot.flatten().tolist()):
-        r.plan_advantage, r.advantage = a_plan, a_cot if r.plan_tokens else a_plan
+        r.plan_advantage = a_plan
+        r.advantage = a_cot if r.plan_tokens else a_plan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -518,7 +521,7 @@ def make_micro_batches(rollouts: list[Rollout], config: Config, device) -> list[
         # The loss begins after the prompt, or nowhere for a completion that is left out of it. A
         # plan that never closed stays in: it is wrong for certain, and must be learned from.
         left_out = [config.mask_truncated and not r.stopped and not r.is_plan for r in chosen]
-        starts = [len(r.prompt) + len(r.ids) * out for r, out in zip(chosen, left_out)]
+        starts = [len(r.prompt) + (len(r.ids) if out else 0) for r, out in zip(chosen, left_out)]
         said = [[len(r.prompt) + place for place in r.given] for r in chosen]
         packed = pack(rows, starts, device, given=said)
         sampler, credit = torch.zeros(packed.mask.shape), torch.zeros(packed.mask.shape)
@@ -615,11 +618,12 @@ def sample_groups(run: Run, model, tokenizer, problems: list[dict], config: Conf
     questions = draw(problems, range(first + rank(), end, world_size()), config.seed)
     opened, closed = plan_marks(tokenizer)
     salt, tools = f"{config.seed} {end} {rank()}", config.tools
+    seed = hash((config.seed, end, rank())) % 2**62  # of integers: the same in every process
     with run.timer("rollout"), unsharded(model, config.tp) as sampler:
         show(tokenizer, [q["prompt"] for q in questions], model)
         trees = run.unless_stopped(
             sample_tree, sampler, [q["prompt"] for q in questions], config, stop_ids=stop_ids,
-            plan_opened=opened, plan_closed=closed, seed=hash((config.seed, end, rank())) % 2**62,
+            plan_opened=opened, plan_closed=closed, seed=seed,
             respond=replies(tokenizer, questions, config, stop_ids, lambda n: f"{salt} {n}"),
         )
     run.leave_if_asked()

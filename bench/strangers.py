@@ -251,7 +251,8 @@ def second_run(name: str, first: list, after: list, lock: Path):
             time.sleep(0.1)
         for more in ([], ["--overwrite"], ["--resume"]):
             code, output = run([*first, *more], environment)
-            kept_out = code == 1 and f"process {living.pid} on " in output
+            said = f"process {living.pid} on " in output or "already holds a run" in output
+            kept_out = code == 1 and said and living.poll() is None
             why = "" if kept_out else output[-500:]
             row(kept_out, "two", f"{name} {' '.join(more)}: a second run is refused {why}")
     finally:

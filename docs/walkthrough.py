@@ -328,10 +328,10 @@ def token_part(s: Step) -> list[str]:
         "",
         "![Loss against ratio for both signs of the advantage, with the clip](loss_ratio.svg)",
         "",
-        "The loss is its own gradient here, since ρ = 1. As a number it says little: the advantages "
-        "of a group add up to 0, and only their different lengths leave something. For the whole "
-        f"step the run logged {s.data['metrics']['loss']:.3f}. The gradient does not cancel: each "
-        "token pulls in a direction of its own.",
+        "The loss is its own gradient here, since ρ = 1. As a number it says little: the "
+        "advantages of a group add up to 0, and only their different lengths leave something. For "
+        f"the whole step the run logged {s.data['metrics']['loss']:.3f}. The gradient does not "
+        "cancel: each token pulls in a direction of its own.",
         "",
         f"After the step, the same token had the probability {f['after']:.3f}: {f['ratio']:.3f} "
         "times as much. With `--epochs 2`, this would be its ratio in the second pass, "

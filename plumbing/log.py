@@ -55,6 +55,12 @@ def check_sampler(gap: float, first: bool):
         print0(f"warning: {differ}: does the sampler hold old weights, or compute something else?")
 
 
+def reward_terms(rewards: dict) -> list[str]:
+    """The names of the terms that make up the total reward."""
+    others = ("total", "correct", "well_formed", "lengths")
+    return [name for name in rewards if name not in others]
+
+
 def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> dict[str, float]:
     """Means over the completions of all ranks; of each reward term also its mean group std.
 
@@ -78,13 +84,12 @@ def rollout_metrics(groups: list, rewards: dict[str, torch.Tensor], device) -> d
         "zero_variance": (equal(total), len(total)),
         "outcome_zero_variance": (equal(outcome), len(total)),
     }
-    for name in ("outcome", "plan", "structure", "length", "overlong"):
-        if name in rewards:
-            term = rewards[name].flatten(1)  # (N, G)
-            label = "length_reward" if name == "length" else name
-            spread = term.std(1, correction=0).sum() if len(term) else 0
-            sums[label] = (term.sum(), term.numel())
-            sums[f"{label}_spread"] = (spread, len(term))
+    for name in reward_terms(rewards):
+        term = rewards[name].flatten(1)  # (N, G)
+        label = "length_reward" if name == "length" else name
+        spread = term.std(1, correction=0).sum() if len(term) else 0
+        sums[label] = (term.sum(), term.numel())
+        sums[f"{label}_spread"] = (spread, len(term))
     pairs = [[float(a), float(b)] for a, b in [*sums.values(), (decoded, total.numel())]]
     pairs = all_sum(torch.tensor(pairs, dtype=torch.float64, device=device)).tolist()
     metrics = {name: a / max(b, 1) for name, (a, b) in zip(sums, pairs)}
@@ -192,13 +197,13 @@ def rollout_record(group, rewards: dict, index: int, tokenizer=None) -> dict:
     `index` is the question's row in `rewards`. With a tokenizer, each completion carries
     `token_record`'s figures.
     """
-    names = ("total", "outcome", "plan", "structure", "length", "overlong")
+    names = ["total", *reward_terms(rewards)]
     _, plans, cots = rewards["total"].shape
     records = []
     for i in range(plans):
         completions = []
         for k, rollout in enumerate(group.rollouts[i * cots : (i + 1) * cots]):
-            terms = {n: round(float(rewards[n][index, i, k]), 4) for n in names if n in rewards}
+            terms = {n: round(float(rewards[n][index, i, k]), 4) for n in names}
             completion = {
                 "text": rollout.text,
                 "tokens": len(rollout.ids),

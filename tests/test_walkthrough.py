@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 import grpo
+import sft
 from conftest import ROOT
 from docs import figures, labs, walkthrough
 from plumbing.flags import parse_config
@@ -58,6 +59,31 @@ def test_a_walkthrough_of_a_fresh_run(tmp_path, monkeypatch):
     assert data["metrics"]["step"] == 2
     with pytest.raises(SystemExit, match="did not sample"):
         walkthrough.keep(tmp_path / "2", tmp_path / "2")
+
+
+def flags_of(text: str, script: str) -> list[str]:
+    """The flags after the name of a script in shell text."""
+    whole = text.replace("\\\n", " ")
+    (line,) = [line for line in whole.splitlines() if f"python {script} " in line]
+    return re.sub(r'"?\$(steps|1)"?', "1", line).partition(script)[2].split()
+
+
+def test_the_commands_that_the_pages_show_have_flags_that_exist():
+    """And the step that was worked out ran with the flags that its page shows."""
+    start = (ROOT / "docs/start.sh").read_text()
+    config = parse_config(sft.Config, flags_of(start, "sft.py"))
+    assert (config.epochs, config.batch_size, config.limit) == (2.0, 64, 0)
+    demo = (ROOT / "recipes/demo.sh").read_text()  # the same cold start
+    assert "sft=(--epochs 2 --lr 2e-3 --batch_size 64)" in demo and config.lr == 2e-3
+    page = walkthrough.PAGE.read_text()
+    ran = json.loads(walkthrough.DATA.read_text())["config"]
+    config = parse_config(grpo.Config, flags_of(page, "grpo.py"))
+    assert {name: getattr(config, name) for name in ran} == ran
+    assert f"for steps in {walkthrough_step() - 1} {walkthrough_step()}; do" in page
+
+
+def walkthrough_step() -> int:
+    return json.loads(walkthrough.DATA.read_text())["metrics"]["step"]
 
 
 # --------------------------------------------------------------------------------------------------
