@@ -228,7 +228,12 @@ def shard_model(
     use_attention(model).token_logprobs = types.MethodType(token_logprobs, model)
     model.compute_device = device  # model.device is the CPU with cpu_offload
     model.compute_dtype = compute_dtype(dtype, device)  # model.dtype is fp32 while it is sharded
-    blocks = model.get_decoder().layers
+    family, blocks = model.config.model_type, getattr(model.get_decoder(), "layers", None)
+    require(
+        blocks is not None,
+        f"the layers of the family {family!r} are not in `.layers`, where training looks for them: "
+        "choose another model (eval.py and distill.py only sample, and are not affected)",
+    )
     if activation_checkpointing:
         for block in blocks:  # inside FSDP's hooks: the weights are there for the recomputation
             block.forward = functools.partial(_checkpointed, block.forward)
@@ -334,8 +339,8 @@ def token_logprobs(
     hidden = output.last_hidden_state[0]  # (N, D)
     require(
         packed.attended,  # else sequences have seen each other
-        f"the family {model.config.model_type!r} hands its attention layers no arguments: choose "
-        "another model",
+        f"the family {model.config.model_type!r} hands no arguments on to its attention layers, so "
+        "sequences of one row would see each other: choose another model for training",
     )
     chunk = chunk or max(1, CHUNK_LOGITS[hidden.device.type] // size)
     logprobs, entropies = [], []

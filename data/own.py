@@ -26,7 +26,7 @@ def locate(name, data: str):
 def module_of(file: str):
     """The module in a file, or why it cannot be used."""
     if not Path(file).is_file():
-        return "there is no such file"
+        return "no such file is beside the data, in the working directory or in the repository"
     spec = importlib.util.spec_from_file_location(f"verifier {file}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:

@@ -197,8 +197,9 @@ def by_function(
         "True or False for each"
     )  # fmt: skip
     for verdict in given:
-        fit = isinstance(verdict, bool)
-        got = f"{verdict!r:.60} ({type(verdict).__name__})"
+        kind = type(verdict)
+        fit, where = kind is bool, "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+        got = f"{verdict!r:.60} ({where}{kind.__name__})"
         require(fit, f"the verifier {name} returned {got} as a verdict; return True or False")
     verdicts = [False] * len(answers)
     for i, verdict in zip(asked, given):

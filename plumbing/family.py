@@ -38,8 +38,8 @@ def check_family(model, logits_of: Callable):
     family = f"the family {model.config.model_type!r}"
     require(
         logits.shape == own.shape and alike(logits, own, 1e-4 if exact else 1e-2),
-        f"{family} changes its logits after the output layer, which model_utils._head does not: "
-        "add it there (in `_logits`), or choose another model for training (distill.py and eval.py "
+        f"{family} changes its logits after the output layer, which `_logits` in model_utils.py "
+        "does not: add it there, or choose another model for training (distill.py and eval.py "
         "only sample, and are not affected)",
     )
     expected = own.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]  # (2, 4)

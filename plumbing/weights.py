@@ -78,6 +78,11 @@ def of_usable_weights(load):
                 if Path(path).is_dir()
                 else "check the network, the model's id and the free disk space"
             )
+            if "attention implementation" in str(error):
+                fail(
+                    f"{path} cannot use PyTorch's own attention ({in_short(error)}), which "
+                    "sampling and training need; choose another model"
+                )
             if "model.safetensors" in str(error):  # is missing
                 remedy = f"{NO_PICKLES}: convert them to safetensors, or choose another model"
             fail(f"no usable weights at {path!r} ({in_short(error)}); {remedy}")

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole method on an embedded task, on a CPU: data, distilled plans, SFT, GRPO and PTA-GRPO,
 # evaluation. `make demo` runs this. TASK is doors, in which the plan is the decision, quantities, in
-# which execution is, or walk, in which CoTs act and meet shut doors. GRPO and PTA-GRPO start from the same checkpoint and decode equally many
-# tokens: a plan is decoded once for its CoTs, so PTA-GRPO takes more steps.
+# which execution is, walk, in which CoTs act and meet shut doors, or pictures. GRPO and PTA-GRPO
+# start from the same checkpoint and decode equally many tokens: a plan is decoded once for its CoTs,
+# so PTA-GRPO takes more steps.
 set -euo pipefail
 [ $# = 0 ] || { echo "error: ${0##*/} takes no flags: set RUN, TASK or STEPS before it" >&2; exit 1; }
 cd "$(dirname "$0")/.."

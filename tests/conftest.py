@@ -1,8 +1,10 @@
 """Tiny models of real architectures with random weights, and Python's own signal handlers."""
 
+import logging
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -103,8 +105,16 @@ def tried(monkeypatch, capfd):
     def call(main):
         monkeypatch.setattr(sys, "argv", sys.argv)
         monkeypatch.setattr(signals.os, "_exit", leave)
-        with pytest.raises((Exit, SystemExit)) as left:
-            signals.guarded(main)
+        root = logging.getLogger()
+        theirs = [h for h in root.handlers if type(h).__module__.startswith("_pytest")]
+        with warnings.catch_warnings(), pytest.raises((Exit, SystemExit)) as left:
+            # Not into pytest's own lists: pytest-xdist cannot send lone surrogates.
+            warnings.showwarning = lambda *args: print(warnings.formatwarning(*args[:4]))
+            root.handlers = [h for h in root.handlers if h not in theirs]
+            try:
+                signals.guarded(main)
+            finally:
+                root.handlers += theirs
         return left.value.args[0], "".join(capfd.readouterr())
 
     return call

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import distill
 import eval as evaluation
@@ -155,7 +156,7 @@ def test_scaled_logits_train_as_the_models_own_forward(family):
 
 
 REFUSED = {  # HyperCLOVAX multiplies by the setting by which Granite divides
-    "hyperclovax": ({"logits_scaling": 2.0}, "changes its logits .* model_utils._head .* eval.py"),
+    "hyperclovax": ({"logits_scaling": 2.0}, "changes its logits .* `_logits` .* eval.py"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "mixes tokens outside its attention"),
 }
 
@@ -266,3 +267,17 @@ def test_a_gap_of_sampler_and_trainer_ends_the_first_step_only(capsys):
 
 if __name__ == "__main__":
     load_under_torchrun()
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("gpt2", "are not in `.layers`"), ("mamba", "cannot use PyTorch's own attention .*attention"),
+])
+def test_families_of_another_build_are_refused_for_training(name, reason, tmp_path):
+    settings = dict(n_layer=1, n_head=2, n_embd=16) if name == "gpt2" else dict(
+        num_hidden_layers=1, hidden_size=16, state_size=4
+    )
+    config = AutoConfig.for_model(name, vocab_size=64, **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=reason) as stop:
+        load_sharded(str(tmp_path), torch.device("cpu"), sft.Config())
+    assert "choose another model" in stop.value.code

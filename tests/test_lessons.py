@@ -16,6 +16,7 @@ from data.toy import make_problems
 from docs import grpo_in_100_lines as small
 from model_utils import encode_prompt, load_model, load_tokenizer, shard_model
 from plumbing.family import check_family
+from plumbing.log import reward_terms
 
 CPU, BASE = torch.device("cpu"), str(ROOT / "data/toy_base")
 
@@ -154,7 +155,8 @@ def test_what_the_page_quotes_is_in_the_code():
     for file, name in re.findall(r"`([\w/]+\.py)`, `(\w+)`", page):
         source_of(file, name)
     words = set(re.findall(r"`(\w+)`", page)) - {"brief_spread", "output_multiplier", "id", "brief"}
-    files = "grpo.py model_utils.py docs/metrics.md data/sources.py plumbing/log.py".split()
+    files = "grpo.py model_utils.py docs/metrics.md data/sources.py plumbing/log.py"
+    files = f"{files} report/figures.py tests/test_families.py".split()
     code = "".join((ROOT / file).read_text() for file in files)
     assert not {word for word in words if not re.search(rf"\b{word}\b", code)}
     for link in re.findall(r"\]\(([\w./]+)\)", page):
@@ -167,6 +169,7 @@ def test_the_pages_reward_term_reaches_the_total(tmp_path, monkeypatch):
     rollouts = [grpo.Rollout([1], [99], ids=[2] * 40, plan_tokens=n) for n in (20, 21, 0)]
     config = grpo.Config(plans=3, cots=1)
     mine, theirs = (m.group_rewards([m.Group({}, rollouts)], config) for m in (module, grpo))
+    assert "brief" in reward_terms(mine) and "brief" not in reward_terms(theirs)  # it is logged
     more = (mine["total"] - theirs["total"]).flatten()
     assert torch.allclose(more, torch.tensor([0.1, 0.0, 0.0]), atol=1e-6)
     a = grpo.advantages(mine, config, 0.0, 0.5)[1].flatten()
