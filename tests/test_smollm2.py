@@ -56,7 +56,7 @@ def test_every_stage_takes_its_flags(commands, monkeypatch, size, gpus):
     lines, said = commands(SIZE=size, GPUS=gpus)
     run = stages(lines)
     assert list(run) == [
-        "fetch", "data", "distill", "sft", "grpo", "pta", "eval_base", "eval_sft", "eval_grpo",
+        "fetch", "data", "distill", "sft", "eval_base", "eval_sft", "grpo", "pta", "eval_grpo",
         "eval_pta", "plans_sft", "plans_pta",
     ]  # fmt: skip
     assert len(re.findall(r"takes about \d+ min", said)) == len(run)
@@ -68,7 +68,7 @@ def test_every_stage_takes_its_flags(commands, monkeypatch, size, gpus):
             assert words[:words.index(script)] == launch
             parse_config(CONFIGS[script], words[words.index(script) + 1:])
     monkeypatch.setattr(sys, "argv", ["gym.py", *run["data"][3:]])
-    assert gym.parse_arguments().sft == (600 if size == "small" else 3000)
+    assert gym.parse_arguments().sft == (700 if size == "small" else 3000)
 
     # Both methods begin at the same checkpoint, and differ in what defines them.
     plain, tree = (parse_config(grpo.Config, run[name][run[name].index("grpo.py") + 1:])
@@ -87,7 +87,7 @@ def test_what_is_done_is_skipped(commands, tmp_path):
         (tmp_path / "run" / product).touch()
     lines, said = commands(STEPS="7")
     assert list(stages(lines)) == [
-        "grpo", "pta", "eval_base", "eval_grpo", "eval_pta", "plans_sft", "plans_pta"
+        "eval_base", "grpo", "pta", "eval_grpo", "eval_pta", "plans_sft", "plans_pta"
     ]
     assert said.count("done before") == 5  # distill, too
     assert stages(lines)["grpo"][-2:] == ["--steps", "7"]
