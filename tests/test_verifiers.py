@@ -96,7 +96,7 @@ def test_it_is_found_beside_the_data_in_the_working_directory_or_here(own, tmp_p
         ("own.py:number", "record r: .*own.py has no function number"),
         ("own.py:nobody", "record r: .*own.py has no function nobody"),
         ("broken.py:f", "cannot be imported .ModuleNotFoundError in broken.py, line 1: "),
-        ("missing.py:f", "record r: its verifier 'missing.py:f' cannot be used: no such file is beside"),
+        ("missing.py:f", "record r: its verifier 'missing.py:f' cannot be used: no such file is"),
         ("choise", "record r: .*choose one of math, choice, moves, doors.*or file.py:function"),
         (7, "record r: its verifier is 7, not a name"),
         (["math"], r"record r: its verifier is \['math'\], not a name"),
