@@ -65,12 +65,14 @@ class Config(TrainingFlags):
         check_tools(self.tools)
 
 
-def encode_record(tokenizer, record: dict, use_plan: bool, tools: tuple = ()) -> tuple:
-    """(ids of prompt + completion + end of turn, length of the prompt).
+Row = tuple[list[int], int, list[int]]  # of `encode_record`
 
-    With tools, or a world, a third item: the places of the results of calls, which are not
-    supervised. Raises SystemExit, naming the record, if its text could not be read back from the
-    template.
+
+def encode_record(tokenizer, record: dict, use_plan: bool, tools: tuple = ()) -> Row:
+    """(ids of prompt + completion + end of turn, length of the prompt, places of what tools said).
+
+    The latter is not supervised. Raises SystemExit, naming the record, if its text could not be
+    read back from the template.
     """
     plan = record["plan"] if use_plan else None
     try:
@@ -80,18 +82,18 @@ def encode_record(tokenizer, record: dict, use_plan: bool, tools: tuple = ()) ->
         fail(f"record {record['id']}: {error}; mend or remove it")
     if tools_of(record, tools):
         ids, said = encode_with_results(tokenizer, completion)
-        said = [len(prompt) + place for place in said]
-        return prompt + ids + [tokenizer.eos_token_id], len(prompt), said
-    ids = tokenizer.encode(completion, add_special_tokens=False)
-    return prompt + ids + [tokenizer.eos_token_id], len(prompt)
+    else:
+        ids, said = tokenizer.encode(completion, add_special_tokens=False), []
+    ids = prompt + ids + [tokenizer.eos_token_id]
+    return ids, len(prompt), [len(prompt) + place for place in said]
 
 
-def count_tokens(rows: list[tuple]) -> int:
+def count_tokens(rows: list[Row]) -> int:
     """Supervised tokens of encoded records."""
-    return sum(len(ids) - prompt - sum(map(len, said)) for ids, prompt, *said in rows)
+    return sum(len(ids) - prompt - len(said) for ids, prompt, said in rows)
 
 
-def load_rows(config: Config, tokenizer) -> list[tuple]:
+def load_rows(config: Config, tokenizer) -> list[Row]:
     """The encoded records that fit into the model's context, shuffled."""
     fields = ("problem", "answer", "think") + ("plan",) * config.use_plan
     records = load_records(config.data, fields, config.limit, config.seed)
@@ -108,21 +110,19 @@ def load_rows(config: Config, tokenizer) -> list[tuple]:
     return kept
 
 
-def sft_loss(model, rows: list[tuple], config: Config, train: bool) -> float:
+def sft_loss(model, rows: list[Row], config: Config, train: bool) -> float:
     """Eq. 1: mean loss of the supervised tokens of `rows`, over all ranks.
 
     Each rank computes its share of the rows. `train` accumulates gradients. A collective.
     """
     total, tokens = torch.zeros((), device=model.compute_device), count_tokens(rows)  # of all ranks
     mine = rows[rank()::world_size()]
-    sequences, prompts = [ids for ids, *_ in mine], [prompt for _, prompt, *_ in mine]
-    said = [sum(results, []) for _, _, *results in mine]
+    sequences, prompts, said = zip(*mine) if mine else ((), (), ())
     limit = config.tokens_per_micro_batch
     # All records begin with the instruction, so sharing beginnings pays for short ones.
     for part in micro_batches(sequences, limit, model.compute_device):
-        chosen = [sequences[i] for i in part]
-        options = {"given": [said[i] for i in part]} if any(said) else {}
-        packed = pack(chosen, [prompts[i] for i in part], model.compute_device, **options)
+        chosen, starts, given = ([one[i] for i in part] for one in (sequences, prompts, said))
+        packed = pack(chosen, starts, model.compute_device, given=given)
         with torch.set_grad_enabled(train):
             logprobs, _ = model.token_logprobs(packed)  # (B, T-1)
             loss = -logprobs.sum() / tokens
@@ -148,7 +148,7 @@ def main():
     model = load_sharded(config.model, run.device, config)
     optimizer = make_optimizer(model, config.lr, config.weight_decay)
     run.begin(model, tokenizer, optimizer, steps)
-    look = lambda part: show(tokenizer, [ids for ids, _ in part[rank()::world_size()]], model)
+    look = lambda part: show(tokenizer, [ids for ids, *_ in part[rank()::world_size()]], model)
 
     while run.state["step"] < steps:
         step = run.start_step()

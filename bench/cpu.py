@@ -64,7 +64,7 @@ def main():
         config = sft.Config(dtype=dtype, activation_checkpointing=checkpointing)
         model = load_sharded(flags.model, device, config)
         models[name] = model, make_optimizer(model, 0.0, 0.0), share, config
-    lengths = [len(ids) for ids, _ in rows]
+    lengths = [len(ids) for ids, *_ in rows]
     print(f"{len(rows)} records of {statistics.mean(lengths):.0f} tokens, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     seconds = {name: [] for name in models}

@@ -506,10 +506,10 @@ def test_sft_masks_results_and_makes_the_tokens_that_sampling_makes(scripted):
         ids, prompt, said = encode_record(tokenizer, record, use_plan=True)
         assert ids[prompt:] == r.ids and [place - prompt for place in said] == r.given
     model = shard_model(make_tiny("qwen2", vocab_size=len(tokenizer)))
-    rows = [(ids, prompt, said), (ids[: prompt + 9], prompt)]
+    rows = [(ids, prompt, said), (ids[: prompt + 9], prompt, [])]
     assert count_tokens(rows) == len(ids) - prompt - len(said) + 9
     expected = 0.0
-    for row, prompt, given in ((ids, prompt, said), (ids[: prompt + 9], prompt, [])):
+    for row, prompt, given in rows:
         logprobs = model(torch.tensor([row])).logits[0].log_softmax(-1)
         places = [k for k in range(prompt, len(row)) if k not in given]
         wanted = sum(float(logprobs[k - 1, row[k]].detach()) for k in places)

@@ -413,7 +413,7 @@ def test_the_stages_write_and_read_programs_without_a_box(monkeypatch):
     (judged,) = evaluation.evaluate(None, None, [problem], evaluation.Config(n=1), seed=0)
     assert [sample["correct"] for sample in judged["samples"]] == [True]
     tokenizer, (record,) = toy.make_tokenizer(formulas.WORDS), formulas.make_problems("train", 1)
-    ids, prompt = sft.encode_record(tokenizer, formulas.for_training(record), use_plan=True)
+    ids, prompt, _ = sft.encode_record(tokenizer, formulas.for_training(record), use_plan=True)
     ending = f"<answer> {record['program']} </answer> <|end|>"
     assert tokenizer.decode(ids[prompt:]).endswith(ending)
 

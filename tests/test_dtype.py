@@ -37,11 +37,11 @@ def test_what_the_flag_means():
     assert in_bf16(CPU) == ["bf16"] and in_bf16(GPU) == ["auto", "bf16"]
 
 
-def rows(seed: int) -> list[tuple[list[int], int]]:
+def rows(seed: int) -> list[tuple]:
     """Records with a shared beginning of 8 tokens; the rest counts up, which can be learned."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(10, 100, (6,), generator=generator).tolist()
-    return [([*range(8), *range(start, start + 20)], 9) for start in starts]
+    return [([*range(8), *range(start, start + 20)], 9, []) for start in starts]
 
 
 def test_losses_in_bf16_follow_those_in_fp32(models):

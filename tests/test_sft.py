@@ -18,26 +18,28 @@ RECORD = {"problem": "A = 4 ; A ?", "answer": "4", "plan": "A needs nothing", "t
 
 def test_everything_after_the_prompt_is_supervised_and_the_end_of_turn_is_last():
     tokenizer = make_tokenizer()
-    ids, prompt = encode_record(tokenizer, RECORD, use_plan=True)
+    ids, prompt, said = encode_record(tokenizer, RECORD, use_plan=True)
+    assert said == []
     assert ids[:prompt] == encode_prompt(tokenizer, RECORD["problem"])
     assert tokenizer.decode(ids[prompt:]) == (
         "<plan> A needs nothing </plan> <think> A = 4 </think> "
         "<answer> \\boxed{ 4 } </answer> <|end|>"
     )
-    ids, prompt = encode_record(tokenizer, RECORD, use_plan=False)
+    ids, prompt, _ = encode_record(tokenizer, RECORD, use_plan=False)
     assert tokenizer.decode(ids[prompt:]).startswith("<think> A = 4 </think>")
 
 
 def test_loss_and_gradient_equal_a_plain_loop_at_any_micro_batch_size(monkeypatch):
     """The fourth row shares two prompt tokens with the first, and two supervised ones."""
     rows = [([5, 9, 13, 2, 44], 2), ([8, 1, 3], 1), ([7] * 9, 8), ([5, 9, 13, 2, 6, 3], 2)]
+    rows = [(*row, []) for row in rows]
     total = count_tokens(rows)
     assert total == 3 + 2 + 1 + 4
     computed, pack = [], sft.pack
     count = lambda packed: computed.append(len(packed.ids)) or packed
-    monkeypatch.setattr(sft, "pack", lambda *args: count(pack(*args)))
+    monkeypatch.setattr(sft, "pack", lambda *args, **more: count(pack(*args, **more)))
     plain, loss = make_tiny("qwen2"), 0.0
-    for ids, prompt in rows:
+    for ids, prompt, _ in rows:
         logits, targets = plain(torch.tensor([ids])).logits[0], torch.tensor(ids[prompt:])
         loss += torch.nn.functional.cross_entropy(logits[prompt - 1:-1], targets, reduction="sum")
     (loss / total).backward()

@@ -146,7 +146,7 @@ def test_the_date_in_llamas_prompt_does_not_drift(load, monkeypatch):
 def test_completions_are_never_templated(load, family):
     """Qwen3's and DeepSeek's templates would cut the plan out of an assistant turn."""
     tokenizer = load(family)
-    ids, length = encode_record(tokenizer, RECORD, use_plan=True)
+    ids, length, _ = encode_record(tokenizer, RECORD, use_plan=True)
     assert ids[:length] == encode_prompt(tokenizer, PROBLEM)
     assert ids[-1] == tokenizer.eos_token_id
     assert ids.count(ids[-1]) == 1 + ids[:length].count(ids[-1])

@@ -1,10 +1,16 @@
 """The embedded world: doors that are tried one at a time. And worlds of the user's own."""
 
+import json
 import random
 import re
+import sys
 
 import pytest
 
+import distill
+import eval as evaluation
+import grpo
+import sft
 from bench import worlds as study_of_worlds
 from conftest import ROOT
 from data import doors, toy, walk, worlds
@@ -98,6 +104,30 @@ def test_an_episode_is_judged_by_replay_and_its_plan_by_carrying_it_out():
     assert fates == {(True, False), (False, False)}
     assert plan_revision(record, blocks, "C E H", "0")[1]
     assert plan_revision({"problem": "1 + 1", "answer": "2"}, blocks, "2", "0") is None
+
+
+def test_the_stages_run_in_the_world(tmp_path, monkeypatch):
+    """From problems to an evaluation, each stage as a user calls it."""
+
+    def call(script, flags):
+        monkeypatch.setattr(sys, "argv", [script.__name__, *flags.split()])
+        script.main()
+
+    data, limits = tmp_path / "data", "--max_plan_tokens 30 --max_completion_tokens 72"
+    call(walk, f"--out {data} --sft 40 --train 12 --test 4")
+    flags = f"--data {data}/sft.jsonl --limit 0 --out {tmp_path}/plans.jsonl"
+    call(distill, f"--teacher rule {flags}")
+    flags = f"--data {tmp_path}/plans.jsonl --out {tmp_path}/sft --epochs 1 --batch_size 8"
+    call(sft, f"--model {data}/model --lr 1e-3 --val_size 4 --eval_every 2 {flags}")
+    flags = f"--data {data}/train.jsonl --out {tmp_path}/rl --steps 1 --questions 2 --eval_size 0"
+    call(grpo, f"--model {tmp_path}/sft/model {limits} {flags}")
+    flags = f"--data {data}/test.jsonl --n 2 --out {tmp_path}/eval"
+    call(evaluation, f"--model {tmp_path}/rl/model {limits} {flags}")
+    first, *_ = map(json.loads, (tmp_path / "sft/metrics.jsonl").read_text().splitlines())
+    last = json.loads((tmp_path / "sft/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val_loss"] < first["loss"]
+    records = [*map(json.loads, (tmp_path / "eval/records.jsonl").read_text().splitlines())]
+    assert [len(record["samples"]) for record in records] == [2] * 4
 
 
 def test_the_readmes_world_of_ones_own_works(tmp_path):
