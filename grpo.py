@@ -190,16 +190,17 @@ def draw_tokens(probs: torch.Tensor, generator) -> torch.Tensor:
     First a block of tokens is drawn by its mass, then a token inside it. In float64, and with short
     sums, so that tokens of tiny probability keep theirs.
     """
-    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % 512)).unflatten(1, (-1, 512))
-    mass = blocks.sum(-1, dtype=torch.float64)  # (B, V / 512)
+    size = min(512, probs.shape[1])  # of a block
+    blocks = torch.nn.functional.pad(probs, (0, -probs.shape[1] % size)).unflatten(1, (-1, size))
+    mass = blocks.sum(-1, dtype=torch.float64)  # (B, V / size)
     ends = mass.cumsum(-1)
     place = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64, device=probs.device)
     place = place * ends[:, -1:]
     block = torch.searchsorted(ends, place, right=True).clamp_max(mass.shape[1] - 1)  # (B, 1)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, 512))[:, 0].double().cumsum(-1)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, size))[:, 0].double().cumsum(-1)
     place = place - (ends.gather(1, block) - mass.gather(1, block))
     token = torch.searchsorted(inside, place.clamp_max(inside[:, -1:] * (1 - 1e-12)), right=True)
-    return (block * 512 + token)[:, 0].clamp_max(probs.shape[1] - 1)  # NaN would lead beyond
+    return (block * size + token)[:, 0].clamp_max(probs.shape[1] - 1)  # NaN would lead beyond
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_p: float, generator):

@@ -64,6 +64,8 @@ class Decoder:
     def load(self, sequences: list) -> float:
         """Which share of all rows or units they take, with an extent for each of their branches."""
         rows = sum(len(s.limits) for s in sequences)
+        if self.unit == self.cache.length:  # each takes one
+            return max(rows / self.rows, rows / self.units)
         units = sum(len(s.limits) * self.size(s) for s in sequences)
         return max(rows / self.rows, units / self.units)
 
@@ -111,6 +113,9 @@ class Decoder:
         Several that share one are branches of a plan: all but the first get a copy. Masked
         attention reads slots 0..B-1, so there the extents close up.
         """
+        apart = len({s.slot for s in sequences}) == len(sequences) == len(self.extents)
+        if apart and all(self.extents.get(s.slot) == self.size(s) for s in sequences):
+            return sequences  # as most steps leave them
         room = self.units if self.cache.split else len(sequences)
         first, taken, extents = self.cache.place(0), bytearray(room), {}
         movers, branches, seen = [], [], set()

@@ -38,6 +38,13 @@ def step_metrics(
     metrics["sampler_gap"] = updates[0]["sampler_gap"]  # later updates have left the sampler behind
     metrics["skipped"] = sum(not math.isfinite(update["grad_norm"]) for update in updates)
     check_sampler(metrics["sampler_gap"], first)
+    z = rewards["total"].shape[2]
+    if first and z > 1 and not metrics["plan_tokens"]:
+        print0(
+            f"warning: no completion of the first step closed a plan, so each counts {z} times in "
+            "its group: start from a model that sft.py has trained, or set --max_plan_tokens 0 "
+            "--cots 1"
+        )
     return metrics
 
 
@@ -230,7 +237,8 @@ def show_record(record: dict):
     """Print one question with its best plan, one completion of it, and the reward terms."""
     best = max(record["plans"], key=lambda plan: plan["score"])
     completion = best["completions"][0]
-    terms = "  ".join(f"{name} {value:.2f}" for name, value in completion["reward"].items())
+    label = lambda name: "plan (before beta)" if name == "plan" else name
+    terms = "  ".join(f"{label(n)} {value:.2f}" for n, value in completion["reward"].items())
     lines = [f"question   {line}" for line in record["problem"][:300].splitlines()]
     lines += [f"gold       {line}" for line in record["answer"][:300].splitlines()]
     lines += [f"completion {line}" for line in completion["text"][:1200].splitlines()]

@@ -16,7 +16,7 @@ from grpo import Config, Rollout, group_advantages, kl_k3, policy_loss, sample, 
 from model_utils import make_optimizer, plan_marks, shard_model
 from plumbing import decoder
 from plumbing.balance import deal, decoded_tokens
-from plumbing.log import rollout_metrics
+from plumbing.log import rollout_metrics, step_metrics
 from pretend_gpu import Capture, Graph
 
 CPU = torch.device("cpu")
@@ -349,6 +349,15 @@ def test_a_rank_without_groups_gets_empty_rewards_and_metrics():
     assert group_advantages(rewards["total"].flatten(1)).shape == (0, 12)
     metrics = rollout_metrics([], rewards, CPU)
     assert metrics["accuracy"] == 0 and metrics["zero_variance"] == 0
+
+
+@pytest.mark.parametrize("closed, cots, warns", [(0, 2, True), (1, 2, False), (0, 1, False)])
+def test_a_first_step_without_closed_plans_says_so(capsys, closed, cots, warns):
+    rollouts = [Rollout([3], [9], ids=[3, 4], plan_tokens=closed) for _ in range(2 * cots)]
+    groups = [grpo.Group({"answer": "7"}, rollouts)]
+    rewards = grpo.group_rewards(groups, Config(plans=2, cots=cots))
+    step_metrics(groups, rewards, [{"sampler_gap": 0.0, "grad_norm": 1.0}], CPU, first=True)
+    assert ("closed a plan, so each counts 2 times" in capsys.readouterr().out) == warns
 
 
 def test_the_format_rewards_have_settings_of_their_own():

@@ -88,7 +88,10 @@ def test_what_concerns_all_requests_ends_the_run_with_a_sentence(tmp_path, name)
         printed, refusal = run(tmp_path, names, server, concurrency=1)
         assert is_plain(printed + refusal) and refusal.count("\n") == 0 and len(refusal) < 900
         assert "check the base URL" in refusal and KEY not in printed + refusal
-        assert fates(tmp_path) == {"a cookie": ["kept"]}
+        # The record behind it may be under way by the time the run ends: then it is kept as well.
+        assert fates(tmp_path) | {"named a picture": ["kept"]} == {
+            "a cookie": ["kept"], "named a picture": ["kept"]
+        }  # fmt: skip
         server.good = True
         assert run(tmp_path, names, server, resume=True)[1] == ""
         assert fates(tmp_path) == {name: ["kept"] for name in names} and other.heads == []
