@@ -347,6 +347,8 @@ def check_busy(base: Path, rounds: int = 2):
                     row(False, "busy", f"{name}, {loops} loops: {code} {output[-300:]}")
                     return
                 steps = [json.loads(line)["seconds"] for line in lines[1:]]  # not the first one
+                shown = ", ".join(f"{step:.2f}" for step in steps)
+                print(f"        {name}, {loops} busy loops: {shown} s", flush=True)
                 seconds.setdefault((name, loops), []).extend(steps)
     median = {key: statistics.median(values) for key, values in seconds.items()}
     for loops in (0, 1):
