@@ -334,7 +334,8 @@ def check_busy(base: Path, rounds: int = 2):
     for _ in range(rounds):
         for loops in (0, 1):
             for name, head in (("without", BEFORE), ("with", "")):
-                busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])] * loops
+                spin = [sys.executable, "-c", "while True: pass"]
+                busy = [subprocess.Popen(spin) for _ in range(loops)]
                 with tempfile.TemporaryDirectory() as out:
                     command = [sys.executable, "-c", head + TRAIN, *flags, "--out", f"{out}/run"]
                     code, output = run(command, clean, 900)
