@@ -38,7 +38,7 @@ def set_threads():
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # of GNU's OpenMP
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # of GNU's OpenMP
     if not chosen_by_user():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // ranks))

@@ -28,7 +28,7 @@ def settings(outer: dict, inner: dict, second: str = "OMP_WAIT_POLICY") -> list[
 def test_a_single_process_takes_all_usable_cores_and_its_threads_sleep():
     cores = len(os.sched_getaffinity(0))
     assert settings({}, {}) == [str(min(cores, threads.usable_cores())), "PASSIVE"]
-    assert settings({}, {}, "GOMP_SPINCOUNT")[1] == "10000"
+    assert settings({}, {}, "GOMP_SPINCOUNT")[1] == "1000"
     assert settings({"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}, {}) == ["3", "ACTIVE"]
 
 
