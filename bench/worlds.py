@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import study
-from bench.study_figures import GRPO, compare, interval, mean_of, number, p_text, percent, shares
+from bench.study_figures import GRPO, compare, interval, mean_of, p_text, percent, shares
 from data import doors, walk
 from plumbing.calls import find_calls
 
@@ -36,8 +36,9 @@ HEAD = """# Does planning pay where CoTs act?
 
 `python -m bench.worlds` wrote this page from the runs in bench/worlds.jsonl, on the world of
 data/walk.py. Accuracy is over 600 held-out problems x 4 samples. Differences are tested over seeds
-and problems; p is Holm's. ICC: what the choice of plan explains of the outcome, at the run's end. A
-plan was wrong if it would not have got through in its completion's world.
+and problems; p is Holm's. ICC: what share of the outcome's variance the choice of plan explains, of
+the first seed's model (`eval.py --analysis plans`, 95 % interval). A plan was wrong if it would not
+have got through in its completion's world; shares are in per cent.
 
 row | seeds | tokens decoded | accuracy | minus the first row | p | ICC | route's chance | \
 plan wrong | left it | of those right
@@ -74,6 +75,12 @@ WALK = study.Task(
 )
 
 
+def explained(runs: list[dict]) -> str:
+    """The ICC of the first of the runs that was analysed, with its interval."""
+    known = [run["analysis"] for run in runs if "analysis" in run]
+    return "{icc:.3f} ({ci_low:.3f} to {ci_high:.3f})".format(**known[0]) if known else "–"
+
+
 def write_page(lines: list[dict]):
     """The table of all finished runs."""
     runs = {row: [line for line in lines if line["row"] == row] for row in ("SFT", *ROWS)}
@@ -91,7 +98,7 @@ def write_page(lines: list[dict]):
             percent(float(np.mean([shares(run).mean() for run in found]))),
             interval(test) if test else "",
             p_text(test["holm"]) if test else "",
-            number(mean_of(run.get("icc") for run in found)),
+            explained(found),
             percent(mean_of(run["did"]["value"] for run in found)),
             fate("plan_wrong"),
             fate("wrong_left"),
