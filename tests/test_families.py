@@ -223,7 +223,8 @@ def test_two_ranks_compare_sharded_models(tmp_path):
     options = dict(env=environment, capture_output=True, text=True, timeout=240)
     done = subprocess.run([*command, __file__, *folders], **options)
     assert done.returncode == 0, done.stderr[-3000:]
-    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    # Two ranks may write into one line.
+    said = sorted(re.findall(r"rank \d: (?:(?!rank \d: ).)+", done.stdout))
     for accepted, refused in (said[:2], said[2:]):  # of each rank; one that goes on alone hangs
         assert accepted.endswith("cohere2 has a gradient everywhere"), said
         assert re.search(f"'hyperclovax' {REFUSED['hyperclovax'][1]}", refused), said
@@ -258,7 +259,7 @@ def test_a_gap_of_sampler_and_trainer_ends_the_first_step_only(capsys):
         return step_metrics([], rewards, updates, torch.device("cpu"), **options)
 
     assert metrics(0.09, first=True)["sampler_gap"] == 0.09  # later updates do not count
-    assert "warning" not in capsys.readouterr().out
+    assert "sampler and trainer" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="differ by 1.2 nats per token in .* first step.*0.1"):
         metrics(1.2, first=True)
     assert metrics(1.2)["sampler_gap"] == 1.2

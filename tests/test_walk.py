@@ -178,7 +178,7 @@ def test_the_study_of_the_world_judges_plans_and_writes_its_page(tmp_path, monke
     lines = [
         {
             "row": row, "seed": seed, "right": "".join(str(right) for _ in range(50)) + "0123" * 5,
-            "icc": 0.1, "decoded": [7000, 7000],
+            "decoded": [7000, 7000], "analysis": {"icc": 0.1, "ci_low": 0.05, "ci_high": 0.2},
             "did": {"value": 0.6, "plan_wrong": 0.7, "wrong_left": 0.5, "left_right": 0.25},
         }
         for row, right in (("GRPO 12x1", 1), ("PTA-GRPO 4x3", 2)) for seed in range(3)
@@ -186,5 +186,6 @@ def test_the_study_of_the_world_judges_plans_and_writes_its_page(tmp_path, monke
     monkeypatch.setattr(study_of_worlds, "PAGE", tmp_path / "WORLDS.md")
     study_of_worlds.write_page(lines)
     first, second = (tmp_path / "WORLDS.md").read_text().splitlines()[-2:]
-    assert first.startswith("GRPO 12x1 | 3 | 14,000 | 28.6 |  |  | 0.100 | 60.0 | 70.0 | 50.0")
+    icc = "0.100 (0.050 to 0.200)"
+    assert first.startswith(f"GRPO 12x1 | 3 | 14,000 | 28.6 |  |  | {icc} | 60.0 | 70.0 | 50.0")
     assert second.startswith("PTA-GRPO 4x3 | 3 | 14,000 | 46.4 | +17.9 (")
