@@ -71,7 +71,7 @@ Row = tuple[list[int], int, list[int]]  # of `encode_record`
 def encode_record(tokenizer, record: dict, use_plan: bool, tools: tuple = ()) -> Row:
     """(ids of prompt + completion + end of turn, length of the prompt, places of what tools said).
 
-    The latter is not supervised. Raises SystemExit, naming the record, if its text could not be
+    The last are not supervised. Raises SystemExit, naming the record, if its text could not be
     read back from the template.
     """
     plan = record["plan"] if use_plan else None

@@ -266,10 +266,6 @@ def test_a_gap_of_sampler_and_trainer_ends_the_first_step_only(capsys):
     assert "warning: sampler and trainer differ by 1.2 nats" in capsys.readouterr().out
 
 
-if __name__ == "__main__":
-    load_under_torchrun()
-
-
 @pytest.mark.parametrize("name, reason", [
     ("gpt2", "are not in `.layers`"), ("mamba", "cannot use PyTorch's own attention .*attention"),
 ])
@@ -282,3 +278,7 @@ def test_families_of_another_build_are_refused_for_training(name, reason, tmp_pa
     with pytest.raises(SystemExit, match=reason) as stop:
         load_sharded(str(tmp_path), torch.device("cpu"), sft.Config())
     assert "choose another model" in stop.value.code
+
+
+if __name__ == "__main__":
+    load_under_torchrun()
