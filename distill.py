@@ -93,7 +93,7 @@ Answers = Iterator[tuple[dict, str | None, str | None]]
 
 def plan_of(record: dict) -> str:
     """The plan behind the solution of an embedded task or of data/gym.py. ValueError for others."""
-    if "quantities" in record:
+    if "quantities" in record or "animals" in record:
         return gym.plan_of(record)
     if "route" in record:  # data/walk.py
         return doors.plan_of(record["problem"], record["route"])

@@ -53,7 +53,7 @@ CONSTANTS = {
 ORDINALS = ("zeroth", "first", "second", "third", "fourth", "fifth")
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 LETTERS = "ABCDEFGH"  # results, in order
-GSM = "gsm_symbolic"
+GSM, LEGS = "gsm_symbolic", "leg_counting"
 SUFFIX = " Give the result as your final answer. Do not include units."  # our template says it, too
 
 
@@ -133,6 +133,8 @@ def plan_of(record: dict) -> str:
     `A = 65 / 5 = 13; B = 4 * 13 = 52` -> `A = emily friends / first multiplier; B = ...`. Raises
     ValueError for another kind of record.
     """
+    if "animals" in record:
+        return legs_plan(record)
     names, steps = {str(value): name for name, value in record["quantities"].items()}, []
     for step in record["solution"].split("; "):
         match = re.fullmatch(r"([A-H]) = ([^=]+) = (\d+)", step)
@@ -141,6 +143,34 @@ def plan_of(record: dict) -> str:
         steps.append(f"{match[1]} = {' '.join(names.get(x, x) for x in match[2].split())}")
         names[match[3]] = match[1]
     return "; ".join(steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Legs
+
+
+def read_legs(entry: dict) -> dict | None:
+    """The problem record of an entry of leg_counting: the legs of each kind, then their sum.
+
+    None if there are more kinds than letters.
+    """
+    question, animals = entry["question"].strip(), entry["metadata"]["animals"]
+    if len(animals) >= len(LETTERS):
+        return None
+    legs = package().arithmetic.leg_counting.ANIMALS
+    products = [count * legs[name] for name, count in animals.items()]
+    steps = [f"{count} * {legs[name]} = {count * legs[name]}" for name, count in animals.items()]
+    steps.append(f"{' + '.join(map(str, products))} = {sum(products)}")
+    solution = "; ".join(f"{letter} = {step}" for letter, step in zip(LETTERS, steps))
+    question = question.rpartition("Now, ")[2].capitalize()  # without the task's description
+    return {"problem": question, "answer": entry["answer"], "animals": animals, "solution": solution}
+
+
+def legs_plan(record: dict) -> str:
+    """`A = 3 * 4 = 12; B = 2 * 0 = 0; C = 12 + 0 = 12` -> `A = cat * 4; B = snake * 0; C = A + B`."""
+    *products, total = [step.split() for step in record["solution"].split("; ")]
+    steps = [f"{p[0]} = {name} * {p[4]}" for p, name in zip(products, record["animals"])]
+    return "; ".join([*steps, f"{total[0]} = {' + '.join(p[0] for p in products)}"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,6 +237,12 @@ def word_problems(args) -> Iterator[tuple[str, dict | None]]:
                 yield f"{template} {record['solution']}", {"template": template, **record}
 
 
+def leg_problems(args) -> Iterator[tuple[str, dict | None]]:
+    """The same of leg_counting. The order of the animals does not decide on the split."""
+    for entry in itertools.chain.from_iterable(blocks(LEGS, args.config, args.seed)):
+        yield str(sorted(entry["metadata"]["animals"].items())), read_legs(entry)
+
+
 def scored_problems(args) -> Iterator[tuple[str, dict | None]]:
     """The same of another task. None where an entry's own answer gets no full marks."""
     for entry in itertools.chain.from_iterable(blocks(args.task, args.config, args.seed)):
@@ -235,7 +271,7 @@ def make_problems(sizes: dict[str, int], args) -> dict[str, list[dict]]:
     package has too few.
     """
     files, seen, misses = {split: [] for split in sizes}, set(), 0
-    stream = word_problems(args) if args.task == GSM else scored_problems(args)
+    stream = {GSM: word_problems, LEGS: leg_problems}.get(args.task, scored_problems)(args)
     while any(len(files[split]) < size for split, size in sizes.items()):
         (key, record), misses = next(stream), misses + 1
         require(misses < 5_000, "there are no more such problems: ask for fewer, or larger ones")
@@ -278,7 +314,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main():
     args = parse_arguments()
-    args.sft = args.sft if args.task == GSM else 0  # other tasks come without solutions
+    args.sft = args.sft if args.task in (GSM, LEGS) else 0  # the others come without solutions
     sizes = {"train": args.sft + args.train, "validation": args.validation, "test": args.test}
     files = make_problems(sizes, args)
     files = {"sft": files["train"][:args.sft], **files, "train": files["train"][args.sft:]}
@@ -287,7 +323,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
         for name, records in files.items():
             if name != "sft":  # reinforcement learning and evaluation see answers only
-                hidden = ("solution", "quantities")
+                hidden = ("solution", "quantities", "animals")
                 records = [{k: v for k, v in r.items() if k not in hidden} for r in records]
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (args.out / f"{name}.jsonl").write_text(lines)

@@ -13,20 +13,23 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 SIZE=${SIZE:-small}
 GPUS=${GPUS:-1}  # processes; with one, no torchrun
-# STEPS of GRPO, TREE_STEPS of PTA-GRPO for as many tokens: an SFT record has a plan of 22 tokens
-# and a CoT of 58, so a question takes 12 (22 + 58) = 960 in one and 4 (22 + 3 x 58) = 784 in the
-# other. minutes: of SFT, of each RL, of the base model's evaluation, of another's, of an analysis.
+# STEPS of GRPO, TREE_STEPS of PTA-GRPO for as many tokens: with a plan of P tokens and a CoT of C, a
+# question takes 12 (P + C) in one and 4 (P + 3 C) in the other. TOKENS is P and C of the records.
+# minutes: of SFT, of each RL, of the base model's evaluation, of another's, of an analysis.
 case "$SIZE" in
     small)
-        SFT_RECORDS=700 QUESTIONS=4 STEPS=${STEPS:-24} MICRO=2500 SAVE=5 minutes=(18 35 2 5 5)
-        data=(--train 400 --test 300 --largest 100)
-        sft=(--epochs 1 --lr 2e-4 --batch_size 8 --warmup_steps 8)
-        rl=(--lr 4e-5 --warmup_steps 3 --eval_every 0)
+        SFT_RECORDS=160 QUESTIONS=6 STEPS=${STEPS:-20} MICRO=2500 SAVE=5 minutes=(4 25 2 5 5)
+        data=(--task leg_counting --train 400 --test 300)
+        data+=(--config '{"min_animals": 2, "max_animals": 2, "max_instances": 5}')
+        TOKENS=(28 62)
+        sft=(--epochs 1 --lr 2e-4 --batch_size 8 --warmup_steps 5)
+        rl=(--lr 3e-5 --warmup_steps 3 --eval_every 0)
         TEST=(--n 2) BASE=(--n 1 --limit 60) PLANS=(--n 16 --limit 40)
         ;;
     large)
         SFT_RECORDS=3000 QUESTIONS=64 STEPS=${STEPS:-200} MICRO=16384 SAVE=25 minutes=(2 60 1 2 2)
         data=(--train 20000 --test 1000 --largest 1000 --words 80)
+        TOKENS=(22 58)
         sft=(--epochs 2 --lr 5e-5 --batch_size 64 --warmup_steps 10)
         rl=(--lr 5e-6 --warmup_steps 10 --eval_every 20)
         TEST=(--n 16) BASE=(--n 4) PLANS=(--n 64 --limit 300)
@@ -34,7 +37,7 @@ case "$SIZE" in
     *) echo "error: no size $SIZE: SIZE is small or large" >&2; exit 1 ;;
 esac
 RUN=${RUN:-runs/smollm2_$SIZE}
-TREE_STEPS=$((STEPS * 960 / 784))
+TREE_STEPS=$((STEPS * 3 * (TOKENS[0] + TOKENS[1]) / (TOKENS[0] + 3 * TOKENS[1])))
 limits=(--max_plan_tokens 64 --max_completion_tokens 160)
 # stage NAME MINUTES PRODUCT COMMAND: run it unless its product is there; note its time
 stage() {
