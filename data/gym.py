@@ -16,10 +16,17 @@ So a plan decides what to compute. A CoT looks the numbers up, and computes. Pro
 read without doubt are left out. Train, validation and test share the templates. No problem of one
 has the same template with the same numbers as a problem of another.
 
+`leg_counting` has them, too. Its plan says what the question does not: how many legs an animal has.
+
+    problem     How many legs are there in total if you have 3 cats, 2 sea slugs?
+    plan        A = cat * 4; B = sea slug * 0; C = A + B
+    CoT         A = 3 * 4 = 12; B = 2 * 0 = 0; C = 12 + 0 = 12
+
 Problems of another task name `score` below as their verifier: an answer is right if the package's
 scorer gives it full marks. They have no solutions, so there is no sft.jsonl.
 
     python -m data.gym --out runs/gym      writes sft, train, validation and test.jsonl
+    python -m data.gym --out runs/legs --task leg_counting --config '{"max_animals": 3}'
     python -m data.gym --out runs/paths --task shortest_path --config '{"max_rows": 5}'
 """
 
@@ -163,11 +170,12 @@ def read_legs(entry: dict) -> dict | None:
     steps.append(f"{' + '.join(map(str, products))} = {sum(products)}")
     solution = "; ".join(f"{letter} = {step}" for letter, step in zip(LETTERS, steps))
     question = question.rpartition("Now, ")[2].capitalize()  # without the task's description
-    return {"problem": question, "answer": entry["answer"], "animals": animals, "solution": solution}
+    known = {"animals": animals, "solution": solution}
+    return {"problem": question, "answer": entry["answer"], **known}
 
 
 def legs_plan(record: dict) -> str:
-    """`A = 3 * 4 = 12; B = 2 * 0 = 0; C = 12 + 0 = 12` -> `A = cat * 4; B = snake * 0; C = A + B`."""
+    """`A = 3 * 4 = 12; B = 2 * 0 = 0; C = 12 + 0 = 12` -> `A = cat * 4; B = eel * 0; C = A + B`."""
     *products, total = [step.split() for step in record["solution"].split("; ")]
     steps = [f"{p[0]} = {name} * {p[4]}" for p, name in zip(products, record["animals"])]
     return "; ".join([*steps, f"{total[0]} = {' + '.join(p[0] for p in products)}"])
@@ -302,7 +310,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, nargs=2, default=(2, 3), metavar=ends, help="equations per solution")
     add("--largest", type=int, default=200, help="the largest number in a solution")
     add("--words", type=int, default=60, help="the most words of a question")
-    add("--task", default=GSM, help="another task of the package; the three flags above are GSM's")
+    add("--task", default=GSM, help="the package's name; the three flags above are gsm_symbolic's")
     add("--config", type=json.loads, default={}, help="settings of the task, as a JSON object")
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="replace what --out already holds")

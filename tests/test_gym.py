@@ -105,6 +105,28 @@ def test_a_record_of_another_kind_is_refused():
         gym.plan_of({"quantities": {}, "solution": "Add them up."})
 
 
+def legs(animals: dict[str, int], answer: str) -> dict:
+    """An entry of leg_counting, as the package writes it."""
+    listed = ", ".join(f"{n} {name}{'s' if n > 1 else ''}" for name, n in animals.items())
+    question = f"Your task [...].\n\nNow, how many legs are there in total if you have {listed}?\n"
+    return {"question": question, "answer": answer, "metadata": {"animals": animals}}
+
+
+def test_legs_become_a_plan_that_says_how_many_an_animal_has():
+    pytest.importorskip("reasoning_gym")
+    # Counts may equal each other, the legs of an animal, or a result.
+    record = gym.read_legs(legs({"cat": 4, "sea slug": 1, "woodlouse": 4}, "72"))
+    asked = "How many legs are there in total if you have 4 cats, 1 sea slug, 4 woodlouses?"
+    assert record["problem"] == asked and record["answer"] == "72"
+    worked = "A = 4 * 4 = 16; B = 1 * 0 = 0; C = 4 * 14 = 56; D = 16 + 0 + 56 = 72"
+    assert record["solution"] == worked
+    plan = "A = cat * 4; B = sea slug * 0; C = woodlouse * 14; D = A + B + C"
+    assert gym.plan_of(record) == distill.plan_of(record) == plan
+    kinds = "dog cat cow horse lion tiger deer".split()
+    assert gym.read_legs(legs(dict.fromkeys(kinds, 1), "28"))["solution"].endswith("= 28")
+    assert gym.read_legs(legs(dict.fromkeys([*kinds, "bee"], 1), "34")) is None  # letters A to H
+
+
 def write(monkeypatch, out, *flags) -> dict[str, list[dict]]:
     sizes = "--sft 40 --train 40 --validation 5 --test 8".split()
     monkeypatch.setattr(sys, "argv", ["gym.py", "--out", str(out), *sizes, *map(str, flags)])
@@ -137,6 +159,26 @@ def test_the_files_of_the_package_itself(tmp_path, monkeypatch):
     assert not test & train
     with pytest.raises(SystemExit, match="already holds .*test.jsonl"):
         write(monkeypatch, tmp_path / "a")
+
+
+def test_files_of_legs(tmp_path, monkeypatch):
+    pytest.importorskip("reasoning_gym")
+    few = {"min_animals": 2, "max_animals": 2, "max_instances": 2}
+    flags = ["--task", "leg_counting", "--config", json.dumps(few)]
+    files = write(monkeypatch, tmp_path / "a", *flags)
+    sizes = {"sft": 40, "train": 40, "validation": 5, "test": 8}
+    assert {name: len(records) for name, records in files.items()} == sizes
+    for record in files["sft"]:
+        for step in record["solution"].split("; "):
+            _, left, right = step.split(" = ")
+            assert eval(left) == int(right)
+        assert int(right) == int(record["answer"])
+    assert all(r.keys() == {"id", "problem", "answer"} for r in files["train"] + files["test"])
+    # Whatever the seed, splits share no problem, and none with its animals in another order.
+    other = write(monkeypatch, tmp_path / "b", *flags, "--seed", 1)
+    known = lambda r: frozenset(re.findall(r"\d [a-z ]+?(?=s?[,?])", r["problem"]))
+    train, test = {*map(known, files["train"])}, {*map(known, other["test"])}
+    assert len(train) > 30 and all(len(animals) == 2 for animals in train) and not test & train
 
 
 def test_without_the_package_one_sentence_says_so(tmp_path, monkeypatch):

@@ -68,14 +68,16 @@ def test_every_stage_takes_its_flags(commands, monkeypatch, size, gpus):
             assert words[:words.index(script)] == launch
             parse_config(CONFIGS[script], words[words.index(script) + 1:])
     monkeypatch.setattr(sys, "argv", ["gym.py", *run["data"][3:]])
-    assert gym.parse_arguments().sft == (700 if size == "small" else 3000)
+    assert gym.parse_arguments().sft == (160 if size == "small" else 3000)
 
     # Both methods begin at the same checkpoint, and differ in what defines them.
     plain, tree = (parse_config(grpo.Config, run[name][run[name].index("grpo.py") + 1:])
                    for name in ("grpo", "pta"))
     differ = {name for name in vars(plain) if getattr(plain, name) != getattr(tree, name)}
     assert differ == {"out", "plans", "cots", "beta", "steps"}
-    assert tree.steps == plain.steps * 960 // 784
+    # 12 completions of 28 + 62 tokens, or 4 plans with 3 CoTs each; large: of 22 + 58 tokens.
+    tokens = (12 * 90, 4 * (28 + 3 * 62)) if size == "small" else (12 * 80, 4 * (22 + 3 * 58))
+    assert tree.steps == plain.steps * tokens[0] // tokens[1]
     assert plain.model.endswith("/sft/model") and plain.resume and tree.resume
     asked = [run[f"eval_{name}"][-1] for name in ("base", "sft", "grpo", "pta")]
     assert asked == ["--resume"] * 4
