@@ -141,7 +141,7 @@ def plan_of(record: dict) -> str:
     ValueError for another kind of record.
     """
     if "animals" in record:
-        return legs_plan(record)
+        return legs_plan(record["problem"])
     names, steps = {str(value): name for name, value in record["quantities"].items()}, []
     for step in record["solution"].split("; "):
         match = re.fullmatch(r"([A-H]) = ([^=]+) = (\d+)", step)
@@ -154,6 +154,8 @@ def plan_of(record: dict) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # Legs
+
+LISTED = r"\d+ ([a-z ]+)(?=[,?])"  # the animals of a question
 
 
 def read_legs(entry: dict) -> dict | None:
@@ -174,11 +176,13 @@ def read_legs(entry: dict) -> dict | None:
     return {"problem": question, "answer": entry["answer"], **known}
 
 
-def legs_plan(record: dict) -> str:
-    """`A = 3 * 4 = 12; B = 2 * 0 = 0; C = 12 + 0 = 12` -> `A = cat * 4; B = eel * 0; C = A + B`."""
-    *products, total = [step.split() for step in record["solution"].split("; ")]
-    steps = [f"{p[0]} = {name} * {p[4]}" for p, name in zip(products, record["animals"])]
-    return "; ".join([*steps, f"{total[0]} = {' + '.join(p[0] for p in products)}"])
+def legs_plan(problem: str) -> str:
+    """The right plan: `... you have 3 cats, 2 eels?` -> `A = cat * 4; B = eel * 0; C = A + B`."""
+    legs = package().arithmetic.leg_counting.ANIMALS
+    names = [name if name in legs else name[:-1] for name in re.findall(LISTED, problem)]
+    steps = [f"{letter} = {name} * {legs[name]}" for letter, name in zip(LETTERS, names)]
+    total = " + ".join(LETTERS[:len(names)])
+    return "; ".join([*steps, f"{LETTERS[len(names)]} = {total}"])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -96,6 +96,24 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def plans_sentence(records: dict[str, list[dict]]) -> str | None:
+    """How many plans are right, and how many answers to those. None but on legs (data/gym.py)."""
+    from data import gym  # not at the top: it imports torch
+
+    if "legs" not in records["sft"][0]["problem"]:
+        return None
+    parts = []
+    for name in ("sft", "grpo", "pta"):
+        right, samples = [], 0
+        for record in records[name]:
+            begin = f"<plan>\n{gym.legs_plan(record['problem'])}\n</plan>"
+            samples += len(record["samples"])
+            right += [s["correct"] for s in record["samples"] if s["completion"].startswith(begin)]
+        answers = sum(right) / max(1, len(right))
+        parts.append(f"{TITLES[name]} {100 * len(right) / samples:.0f} % and {100 * answers:.0f} %")
+    return f"Right plans, and right answers to these: {', '.join(parts)}."
+
+
 def sentences(run: Path, records: dict[str, list[dict]]) -> tuple[list[str], dict]:
     """What the paired tests and the plan analyses say, and the former's figures."""
     from eval import compare
@@ -115,7 +133,7 @@ def sentences(run: Path, records: dict[str, list[dict]]) -> tuple[list[str], dic
                     f"{low:.0f} to {high:.0f}), on {figures['n_problems']} problems x "
                     f"{figures['plans']} plans x {figures['cots']} CoTs."
                 )
-    return said, rows
+    return [*filter(None, [*said, plans_sentence(records)])], rows
 
 
 def summary(run: Path):

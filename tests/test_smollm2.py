@@ -213,6 +213,21 @@ def test_the_page_shows_the_first_questions_that_all_were_asked(finished):
         smollm2.page(finished, finished)
 
 
+def test_right_plans_are_counted_and_the_answers_to_them():
+    pytest.importorskip("reasoning_gym")
+    plan = "<plan>\nA = cat * 4; B = praying mantis * 6; C = A + B\n</plan>\n"
+    wrong, open_ = plan.replace("* 6", "* 4"), plan.removesuffix("</plan>\n")
+    samples = [(plan, True), (plan, False), (wrong, True), (open_, True)]
+    samples = [{"completion": text, "correct": correct} for text, correct in samples]
+    asked = "How many legs are there in total if you have 1 cat, 2 praying mantiss?"
+    models = dict(sft=samples, grpo=samples[:2], pta=samples[2:])
+    records = {name: [{"problem": asked, "samples": some}] for name, some in models.items()}
+    assert smollm2.plans_sentence(records) == (
+        "Right plans, and right answers to these: after SFT 50 % and 50 %, after GRPO 100 % and 50 %, "
+        "after PTA-GRPO 0 % and 0 %."
+    )
+
+
 def test_the_summary_is_printed_and_kept(finished, capsys):
     smollm2.summary(finished)
     result = json.loads((finished / "summary.json").read_text())
