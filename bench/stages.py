@@ -2,7 +2,7 @@
 
     git worktree add --detach /tmp/old 251aaa7
     python -m bench.stages runs/smollm2_small /tmp/old                   rows sft, grpo and tree
-    python -m bench.stages runs/smollm2_small /tmp/old sft tree --before "--share_prefix false"
+    python -m bench.stages runs/smollm2_small /tmp/old tree --before "--share_prefix false"
 
 Takes model, plans and problems of a finished recipe, and its settings. The checkouts train in
 turns, so other load on the machine hits both. They draw other records and other tokens, so rates

@@ -100,7 +100,7 @@ def plans_sentence(records: dict[str, list[dict]]) -> str | None:
     """How many plans are right, and how many answers to those. None but on legs (data/gym.py)."""
     from data import gym  # not at the top: it imports torch
 
-    if "legs" not in records["sft"][0]["problem"]:
+    if not records["sft"][0]["problem"].startswith("How many legs are there in total"):
         return None
     parts = []
     for name in ("sft", "grpo", "pta"):
